@@ -1,0 +1,45 @@
+//! Data: records of many formats to token sequences with targets, to packed batches.
+//!
+//! `jsonl --> records --> template (chat) --> tokens --> pack --> Batch`
+
+/// Label of a token that is not trained on.
+pub const IGNORE_INDEX: i32 = -100;
+
+/// A tokenised piece of the data set that fits `sequence_len`: one text, or (part of) a conversation.
+///
+/// Target `i` owns the labels in `target_ends[i - 1]..target_ends[i]`. Any run of consecutive targets can be cut out
+/// as a window `input_ids[..target_ends[last]]` with the labels before `target_ends[first - 1]` ignored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Tokens.
+    pub input_ids: Vec<u32>,
+    /// Per token its own id where it is trained on, else [`IGNORE_INDEX`] (unshifted, as Hugging Face has them).
+    pub labels: Vec<i32>,
+    /// End (exclusive token index) of each target turn; at least one, ascending, the last at most `input_ids.len()`.
+    pub target_ends: Vec<usize>,
+    /// Data set file (index into the config's list) and 1-based line of the record the unit came from.
+    pub source: (usize, usize),
+}
+
+/// Sequences run through the model together, laid end to end without padding.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// `[num_tokens]`.
+    pub input_ids: Vec<u32>,
+    /// `[num_tokens]`: the token each position must predict (labels shifted left by one within their sequence), or
+    /// [`IGNORE_INDEX`]; always ignored at a sequence's last position.
+    pub target_ids: Vec<i32>,
+    /// `[num_sequences + 1]`: where each sequence begins; first 0, last `num_tokens`; strictly ascending.
+    pub cu_seqlens: Vec<u32>,
+    /// `[num_tokens]`: position within the sequence, from 0.
+    pub position_ids: Vec<u32>,
+}
+
+/// The batches of one optimizer step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepBatches {
+    /// In order; gradients accumulate over them.
+    pub micro_batches: Vec<Batch>,
+    /// Tokens trained on over all of them.
+    pub num_target_tokens: usize,
+}

@@ -1,0 +1,1 @@
+//! Export: PEFT adapters and merged checkpoints.

@@ -1,0 +1,20 @@
+//! QLoRA fine-tuning of language models, mixture-of-experts included, on one GPU or on the CPU.
+//!
+//! ```text
+//! config.json + *.safetensors --mmap--> store::Checkpoint --quantize--> store::QuantizedStore (NF4 codes + absmax)
+//!     --> model::{Decoder, Block, ...} --calls--> ops::Ops --> backend::cpu
+//! jsonl --> data::records --> data::template (chat) --> data::tokens --> data::pack --> Batch
+//! train::Trainer::step(batch) --> train::checkpoint (resume) --> export::adapter (PEFT)
+//! ```
+
+pub mod backend;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod export;
+pub mod model;
+pub mod ops;
+pub mod random;
+pub mod store;
+pub mod tensor;
+pub mod train;

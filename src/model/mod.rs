@@ -1,0 +1,1 @@
+//! The decoder: weights, activations, forward and backward.

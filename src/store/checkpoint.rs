@@ -1,0 +1,1 @@
+//! A Hugging Face checkpoint: safetensors files mapped into memory, tensors by name.

@@ -1,0 +1,466 @@
+//! Tensors: a name, a shape, an element type, and storage that only accessors see.
+//!
+//! Row-major, contiguous. Knows no operation and no file format.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// Element type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE single.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+    /// Unsigned byte.
+    U8,
+    /// Unsigned 32-bit integer.
+    U32,
+    /// Signed 32-bit integer.
+    I32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 | Self::U32 | Self::I32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+            Self::U8 => 1,
+        }
+    }
+
+    /// Name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::U8 => "u8",
+            Self::U32 => "u32",
+            Self::I32 => "i32",
+        }
+    }
+}
+
+/// A dense, row-major array.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    name: String,
+    shape: Vec<usize>,
+    dtype: DType,
+    storage: Storage,
+}
+
+#[derive(Debug, Clone)]
+enum Storage {
+    F32(Vec<f32>),
+    U8(Vec<u8>),
+    U32(Vec<u32>),
+    I32(Vec<i32>),
+    /// Bytes of a file, read in place.
+    Mapped {
+        map: Arc<Mmap>,
+        bytes: Range<usize>,
+    },
+    /// Counted, not allocated.
+    Planned,
+}
+
+impl Tensor {
+    /// Zeros.
+    ///
+    /// # Panics
+    /// For the 16-bit float types, which the host only ever reads from files.
+    pub fn zeros(name: impl Into<String>, shape: &[usize], dtype: DType) -> Self {
+        let len = shape.iter().product();
+        let storage = match dtype {
+            DType::F32 => Storage::F32(vec![0.0; len]),
+            DType::U8 => Storage::U8(vec![0; len]),
+            DType::U32 => Storage::U32(vec![0; len]),
+            DType::I32 => Storage::I32(vec![0; len]),
+            DType::Bf16 | DType::F16 => unreachable!("16-bit floats are not allocated on the host"),
+        };
+        Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            storage,
+        }
+    }
+
+    /// A tensor that has a size but no memory; any access is an error.
+    pub fn planned(name: impl Into<String>, shape: &[usize], dtype: DType) -> Self {
+        Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            storage: Storage::Planned,
+        }
+    }
+
+    /// Takes over `values`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn from_f32(name: impl Into<String>, shape: &[usize], values: Vec<f32>) -> Result<Self> {
+        Self::owned(
+            name.into(),
+            shape,
+            DType::F32,
+            values.len(),
+            Storage::F32(values),
+        )
+    }
+
+    /// Takes over `values`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn from_u8(name: impl Into<String>, shape: &[usize], values: Vec<u8>) -> Result<Self> {
+        Self::owned(
+            name.into(),
+            shape,
+            DType::U8,
+            values.len(),
+            Storage::U8(values),
+        )
+    }
+
+    /// Takes over `values`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn from_u32(name: impl Into<String>, shape: &[usize], values: Vec<u32>) -> Result<Self> {
+        Self::owned(
+            name.into(),
+            shape,
+            DType::U32,
+            values.len(),
+            Storage::U32(values),
+        )
+    }
+
+    /// Takes over `values`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn from_i32(name: impl Into<String>, shape: &[usize], values: Vec<i32>) -> Result<Self> {
+        Self::owned(
+            name.into(),
+            shape,
+            DType::I32,
+            values.len(),
+            Storage::I32(values),
+        )
+    }
+
+    fn owned(
+        name: String,
+        shape: &[usize],
+        dtype: DType,
+        found: usize,
+        storage: Storage,
+    ) -> Result<Self> {
+        if shape.iter().product::<usize>() != found {
+            let (found, expected) = (vec![found], shape.to_vec());
+            return Err(Error::Shape {
+                op: "tensor",
+                tensor: name,
+                found,
+                expected,
+            });
+        }
+        Ok(Self {
+            name,
+            shape: shape.to_vec(),
+            dtype,
+            storage,
+        })
+    }
+
+    /// `bytes` of `map`, read in place; `None` if they are misaligned for `dtype` (then copy with [`Self::from_f32`]).
+    ///
+    /// The caller has checked that the range lies in the map and has the length that `shape` and `dtype` need.
+    pub fn mapped(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: DType,
+        map: &Arc<Mmap>,
+        bytes: Range<usize>,
+    ) -> Option<Self> {
+        if (map.as_ptr().addr() + bytes.start) % dtype.size() != 0 {
+            return None;
+        }
+        let storage = Storage::Mapped {
+            map: Arc::clone(map),
+            bytes,
+        };
+        Some(Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            storage,
+        })
+    }
+
+    /// Name, for messages and the memory ledger.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Extents, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of all elements.
+    pub fn num_bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// Extent of the last dimension (1 for a scalar).
+    pub fn row_len(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the number of elements differs.
+    pub fn reshaped(mut self, shape: &[usize]) -> Result<Self> {
+        if shape.iter().product::<usize>() != self.len() {
+            let (found, expected) = (self.shape, shape.to_vec());
+            return Err(Error::Shape {
+                op: "reshape",
+                tensor: self.name,
+                found,
+                expected,
+            });
+        }
+        self.shape = shape.to_vec();
+        Ok(self)
+    }
+
+    /// Part of a mapped tensor along its outermost dimension, without a copy (a copy for owned `f32`).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the range leaves the tensor; [`Error::DType`] for owned tensors that are not `f32`.
+    pub fn outer(&self, name: impl Into<String>, range: Range<usize>) -> Result<Self> {
+        let mut shape = self.shape.clone();
+        if shape.is_empty() || range.start > range.end || range.end > shape[0] {
+            let (found, expected) = (shape, vec![range.end]);
+            return Err(Error::Shape {
+                op: "outer",
+                tensor: self.name.clone(),
+                found,
+                expected,
+            });
+        }
+        let inner = shape[1..].iter().product::<usize>();
+        shape[0] = range.len();
+        let storage = match &self.storage {
+            Storage::Mapped { map, bytes } => {
+                let step = inner * self.dtype.size();
+                let start = bytes.start + range.start * step;
+                let bytes = start..bytes.start + range.end * step;
+                Storage::Mapped {
+                    map: Arc::clone(map),
+                    bytes,
+                }
+            }
+            Storage::F32(values) => {
+                Storage::F32(values[range.start * inner..range.end * inner].to_vec())
+            }
+            Storage::U8(_) | Storage::U32(_) | Storage::I32(_) | Storage::Planned => {
+                return Err(self.mismatch(DType::F32));
+            }
+        };
+        Ok(Self {
+            name: name.into(),
+            shape,
+            dtype: self.dtype,
+            storage,
+        })
+    }
+
+    /// Elements.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not `f32` in host memory.
+    pub fn f32(&self) -> Result<&[f32]> {
+        match &self.storage {
+            Storage::F32(values) => Ok(values),
+            Storage::Mapped { .. } if self.dtype == DType::F32 => {
+                Ok(bytemuck::cast_slice(self.mapped_bytes()))
+            }
+            _ => Err(self.mismatch(DType::F32)),
+        }
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not owned `f32` in host memory.
+    pub fn f32_mut(&mut self) -> Result<&mut [f32]> {
+        match &mut self.storage {
+            Storage::F32(values) => Ok(values),
+            _ => Err(Error::DType {
+                op: "tensor",
+                tensor: self.name.clone(),
+                found: self.dtype.name(),
+                expected: "owned f32",
+            }),
+        }
+    }
+
+    /// Elements.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not `u8` in host memory.
+    pub fn u8(&self) -> Result<&[u8]> {
+        match &self.storage {
+            Storage::U8(values) => Ok(values),
+            Storage::Mapped { .. } if self.dtype == DType::U8 => Ok(self.mapped_bytes()),
+            _ => Err(self.mismatch(DType::U8)),
+        }
+    }
+
+    /// Elements.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not `u32` in host memory.
+    pub fn u32(&self) -> Result<&[u32]> {
+        match &self.storage {
+            Storage::U32(values) => Ok(values),
+            _ => Err(self.mismatch(DType::U32)),
+        }
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not `u32` in host memory.
+    pub fn u32_mut(&mut self) -> Result<&mut [u32]> {
+        match &mut self.storage {
+            Storage::U32(values) => Ok(values),
+            _ => Err(Error::DType {
+                op: "tensor",
+                tensor: self.name.clone(),
+                found: self.dtype.name(),
+                expected: "u32",
+            }),
+        }
+    }
+
+    /// Elements.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not `i32` in host memory.
+    pub fn i32(&self) -> Result<&[i32]> {
+        match &self.storage {
+            Storage::I32(values) => Ok(values),
+            _ => Err(self.mismatch(DType::I32)),
+        }
+    }
+
+    /// Floating-point elements `range` widened to `f32` into `out`.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the tensor is not floating point in host memory.
+    ///
+    /// # Panics
+    /// If the range leaves the tensor or `out` has another length.
+    pub fn widen(&self, range: Range<usize>, out: &mut [f32]) -> Result<()> {
+        match (&self.storage, self.dtype) {
+            (Storage::F32(values), _) => out.copy_from_slice(&values[range]),
+            (Storage::Mapped { .. }, DType::F32) => {
+                out.copy_from_slice(&bytemuck::cast_slice::<u8, f32>(self.mapped_bytes())[range]);
+            }
+            (Storage::Mapped { .. }, DType::Bf16) => {
+                let source = &bytemuck::cast_slice::<u8, bf16>(self.mapped_bytes())[range];
+                for (out, value) in out.iter_mut().zip(source) {
+                    *out = value.to_f32();
+                }
+            }
+            (Storage::Mapped { .. }, DType::F16) => {
+                let source = &bytemuck::cast_slice::<u8, f16>(self.mapped_bytes())[range];
+                for (out, value) in out.iter_mut().zip(source) {
+                    *out = value.to_f32();
+                }
+            }
+            _ => return Err(self.mismatch(DType::F32)),
+        }
+        Ok(())
+    }
+
+    /// All floating-point elements widened to `f32`.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if the tensor is not floating point in host memory.
+    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.len()];
+        self.widen(0..self.len(), &mut out)?;
+        Ok(out)
+    }
+
+    /// Checks the shape on behalf of `op`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is another.
+    pub fn expect_shape(&self, op: &'static str, expected: &[usize]) -> Result<()> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        let (found, expected) = (self.shape.clone(), expected.to_vec());
+        Err(Error::Shape {
+            op,
+            tensor: self.name.clone(),
+            found,
+            expected,
+        })
+    }
+
+    fn mapped_bytes(&self) -> &[u8] {
+        match &self.storage {
+            Storage::Mapped { map, bytes } => &map[bytes.clone()],
+            _ => &[],
+        }
+    }
+
+    fn mismatch(&self, expected: DType) -> Error {
+        let found = match &self.storage {
+            Storage::Planned => "planned (no memory)",
+            _ => self.dtype.name(),
+        };
+        let (op, tensor) = ("tensor", self.name.clone());
+        Error::DType {
+            op,
+            tensor,
+            found,
+            expected: expected.name(),
+        }
+    }
+}
