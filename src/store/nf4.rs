@@ -32,3 +32,14 @@ pub enum Absmax {
         offset: f32,
     },
 }
+
+impl Nf4Matrix {
+    /// x
+    pub fn dequantize(
+        &self,
+        _range: std::ops::Range<usize>,
+        _out: &mut [f32],
+    ) -> crate::error::Result<()> {
+        Ok(())
+    }
+}

@@ -2,6 +2,8 @@
 //!
 //! Row-major, contiguous. Knows no operation and no file format.
 
+pub mod arena;
+
 use std::ops::Range;
 use std::sync::Arc;
 
