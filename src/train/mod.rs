@@ -1,1 +1,3 @@
 //! Training: the step, the optimizer, checkpoints, metrics.
+
+pub mod trainer;

@@ -1,0 +1,353 @@
+//! One optimizer step: forward and backward over its micro-batches, then the update. No allocation, no I/O.
+
+use crate::config::{Recompute, TrainConfig};
+use crate::data::{Batch, StepBatches};
+use crate::error::{Error, Result};
+use crate::model::decoder::{Decoder, DecoderActs, DecoderTmp};
+use crate::model::{Pass, Rows};
+use crate::ops::{AdamWStep, DropoutState, Ops, StepState};
+use crate::tensor::arena::Arena;
+use crate::tensor::{DType, Tensor};
+
+/// Share of the host's memory that kept activations may take before `recompute: auto` recomputes.
+const ACTIVATION_SHARE: f64 = 0.5;
+
+/// The optimizer's settings.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OptimizerSettings {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Limit of the global gradient norm; 0: none.
+    pub max_grad_norm: f64,
+}
+
+impl OptimizerSettings {
+    /// Those of `config`.
+    pub fn new(config: &TrainConfig) -> Self {
+        Self {
+            beta1: config.adam_beta1,
+            beta2: config.adam_beta2,
+            epsilon: config.adam_epsilon,
+            weight_decay: config.weight_decay,
+            max_grad_norm: config.max_grad_norm,
+        }
+    }
+}
+
+/// What one optimizer step came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepReport {
+    /// Mean loss over the step's target tokens, before the update.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Target tokens.
+    pub num_target_tokens: usize,
+    /// All tokens.
+    pub num_tokens: usize,
+}
+
+/// The adapter's flat arenas, each `[n]` f32.
+#[derive(Debug)]
+pub struct AdapterState {
+    /// Values.
+    pub values: Tensor,
+    /// Gradients; zero between steps.
+    pub grads: Tensor,
+    /// First moment.
+    pub exp_avg: Tensor,
+    /// Second moment.
+    pub exp_avg_sq: Tensor,
+}
+
+impl AdapterState {
+    /// Zeros for `len` elements.
+    ///
+    /// # Errors
+    /// Those of the arena.
+    pub fn alloc(arena: &mut Arena, len: usize) -> Result<Self> {
+        arena.scope("lora", |arena| {
+            Ok(Self {
+                values: arena.alloc("values", &[len], DType::F32)?,
+                grads: arena.alloc("grads", &[len], DType::F32)?,
+                exp_avg: arena.alloc("exp_avg", &[len], DType::F32)?,
+                exp_avg_sq: arena.alloc("exp_avg_sq", &[len], DType::F32)?,
+            })
+        })
+    }
+}
+
+/// A model, its adapter and its buffers.
+#[derive(Debug)]
+pub struct Trainer {
+    ops: Box<dyn Ops>,
+    decoder: Decoder,
+    adapter: AdapterState,
+    acts: DecoderActs,
+    tmp: DecoderTmp,
+    optimizer: OptimizerSettings,
+    seed: u64,
+    recompute: bool,
+    memory: Arena,
+}
+
+impl Trainer {
+    /// Allocates everything for micro-batches of up to `capacity` tokens; the adapter starts at PEFT's initial values.
+    ///
+    /// # Errors
+    /// Those of the arena.
+    pub fn new(
+        ops: Box<dyn Ops>,
+        decoder: Decoder,
+        optimizer: OptimizerSettings,
+        capacity: usize,
+        recompute: Recompute,
+        seed: u64,
+    ) -> Result<Self> {
+        let activation = ops.activation_dtype();
+        let recompute = match recompute {
+            Recompute::Full => true,
+            Recompute::None => false,
+            Recompute::Auto => {
+                let mut plan = Arena::plan();
+                decoder.alloc(&mut Rows::new(&mut plan, capacity, activation), false)?;
+                plan.num_bytes() as f64 > ACTIVATION_SHARE * host_memory_bytes()
+            }
+        };
+        let mut memory = Arena::host();
+        let mut adapter = AdapterState::alloc(&mut memory, decoder.adapter.len())?;
+        decoder.adapter.initialize(adapter.values.f32_mut()?, seed);
+        let mut rows = Rows::new(&mut memory, capacity, activation);
+        let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
+        let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
+        Ok(Self {
+            ops,
+            decoder,
+            adapter,
+            acts,
+            tmp,
+            optimizer,
+            seed,
+            recompute,
+            memory,
+        })
+    }
+
+    /// The model.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The adapter's arenas.
+    pub fn adapter(&self) -> &AdapterState {
+        &self.adapter
+    }
+
+    /// The adapter's arenas, to be set from a checkpoint.
+    pub fn adapter_mut(&mut self) -> &mut AdapterState {
+        &mut self.adapter
+    }
+
+    /// What the last forward left.
+    pub fn activations(&self) -> &DecoderActs {
+        &self.acts
+    }
+
+    /// Whether activations are recomputed in backward.
+    pub fn recomputes(&self) -> bool {
+        self.recompute
+    }
+
+    /// The buffers it allocated.
+    pub fn memory(&self) -> &Arena {
+        &self.memory
+    }
+
+    /// Gradients of one optimizer step, left in the adapter's `grads`; returns the sum of the target tokens' losses.
+    ///
+    /// `completed` counts the optimizer steps before this one.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] naming the layer; those of the ops.
+    pub fn accumulate(&mut self, batches: &StepBatches, completed: u64) -> Result<f64> {
+        let mut loss_sum = 0.0;
+        let mut first_token = 0;
+        for batch in &batches.micro_batches {
+            let dropout = DropoutState {
+                seed: self.seed,
+                optimizer_step: u32::try_from(completed).unwrap_or(u32::MAX),
+                first_token,
+            };
+            let state = StepState {
+                batch: batch.clone(),
+                loss_scale: 1.0 / batches.num_target_tokens as f32,
+                dropout: Some(dropout),
+            };
+            first_token += u32::try_from(batch.input_ids.len()).unwrap_or(u32::MAX);
+            let pass = Pass {
+                ops: &*self.ops,
+                lora: &self.adapter.values,
+                state: &state,
+            };
+            self.decoder.forward(pass, &mut self.acts, &mut self.tmp)?;
+            let grads = &mut self.adapter.grads;
+            self.decoder
+                .loss_backward(pass, grads, &mut self.acts, &mut self.tmp)?;
+            loss_sum += self.loss_sum(&state)?;
+            if !loss_sum.is_finite() {
+                return Err(self.non_finite_loss(&state, completed + 1)?);
+            }
+        }
+        Ok(loss_sum)
+    }
+
+    /// One optimizer step at `learning_rate`; `completed` counts those before it.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] where loss or gradient is not finite: the adapter is as it was before.
+    pub fn step(
+        &mut self,
+        batches: &StepBatches,
+        completed: u64,
+        learning_rate: f64,
+    ) -> Result<StepReport> {
+        let loss_sum = self.accumulate(batches, completed)?;
+        let OptimizerSettings {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            max_grad_norm,
+        } = self.optimizer;
+        let step = completed + 1;
+        let update = AdamWStep {
+            learning_rate,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            max_grad_norm,
+            step,
+        };
+        let AdapterState {
+            values,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+        } = &mut self.adapter;
+        let report = self.ops.adamw(values, exp_avg, exp_avg_sq, grads, update)?;
+        if !report.applied {
+            return Err(self.non_finite_gradient(step)?);
+        }
+        Ok(StepReport {
+            loss: loss_sum / batches.num_target_tokens as f64,
+            grad_norm: report.grad_norm,
+            num_target_tokens: batches.num_target_tokens,
+            num_tokens: batches
+                .micro_batches
+                .iter()
+                .map(|batch| batch.input_ids.len())
+                .sum(),
+        })
+    }
+
+    /// Sum of the target tokens' losses over `batches`, without dropout or gradients, and their number.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn evaluate(&mut self, batches: &[Batch]) -> Result<(f64, usize)> {
+        let (mut loss_sum, mut num_target_tokens) = (0.0, 0);
+        for batch in batches {
+            let state = StepState {
+                batch: batch.clone(),
+                loss_scale: 1.0,
+                dropout: None,
+            };
+            let pass = Pass {
+                ops: &*self.ops,
+                lora: &self.adapter.values,
+                state: &state,
+            };
+            self.decoder.forward(pass, &mut self.acts, &mut self.tmp)?;
+            self.decoder.loss(pass, &mut self.acts)?;
+            loss_sum += self.loss_sum(&state)?;
+            num_target_tokens += state.target_rows().len();
+        }
+        Ok((loss_sum, num_target_tokens))
+    }
+
+    fn loss_sum(&self, state: &StepState) -> Result<f64> {
+        let losses = &self.acts.token_loss.f32()?[..state.num_tokens()];
+        Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+    }
+
+    /// Names the first layer whose output is not finite.
+    fn non_finite_loss(&self, state: &StepState, step: u64) -> Result<Error> {
+        let tokens = state.num_tokens();
+        let finite = |tensor: &Tensor| -> Result<bool> {
+            Ok(tensor.f32()?[..tokens * tensor.row_len()]
+                .iter()
+                .all(|value| value.is_finite()))
+        };
+        let mut culprit = "the loss (head and cross-entropy)".to_owned();
+        if !finite(self.acts.final_norm())? {
+            "the loss, first at the final norm".clone_into(&mut culprit);
+        }
+        for layer in (0..=self.acts.num_layers()).rev() {
+            if !finite(self.acts.layer_input(layer))? {
+                culprit = match layer {
+                    0 => "the loss, first at the embedding".to_owned(),
+                    layer => format!("the loss, first at the output of layer {}", layer - 1),
+                };
+            }
+        }
+        let advice =
+            "the adapter is kept as it was before this step; lower `learning_rate`, or check \
+                      the base weights of that layer"
+                .to_owned();
+        Ok(Error::NonFinite {
+            step,
+            what: culprit,
+            advice,
+        })
+    }
+
+    /// Names the highest module whose gradient is not finite: backward goes from top to bottom.
+    fn non_finite_gradient(&mut self, step: u64) -> Result<Error> {
+        let grads = self.adapter.grads.f32_mut()?;
+        let tensors: Vec<_> = self.decoder.adapter.tensors().collect();
+        let broken = tensors
+            .iter()
+            .rev()
+            .find(|(_, range)| grads[range.clone()].iter().any(|value| !value.is_finite()));
+        let what = match broken {
+            Some((name, _)) => format!("the gradient of {name}"),
+            None => "the gradient norm".to_owned(),
+        };
+        grads.fill(0.0);
+        let advice =
+            "the adapter is kept as it was before this step; lower `learning_rate` or set \
+                      `max_grad_norm`"
+                .to_owned();
+        Ok(Error::NonFinite { step, what, advice })
+    }
+}
+
+/// Physical memory of the machine, 8 GB where that cannot be told.
+fn host_memory_bytes() -> f64 {
+    const UNKNOWN: f64 = 8e9;
+    let Ok(text) = fs_err::read_to_string("/proc/meminfo") else {
+        return UNKNOWN;
+    };
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+    kib.and_then(|kib| kib.parse::<f64>().ok())
+        .map_or(UNKNOWN, |kib| kib * 1024.0)
+}
