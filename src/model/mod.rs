@@ -10,6 +10,7 @@ pub mod decoder;
 pub mod gated_delta;
 pub mod mlp;
 pub mod moe;
+pub mod random_weights;
 pub mod rope;
 pub mod weights;
 

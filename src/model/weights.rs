@@ -13,26 +13,54 @@ use crate::config::model::{
 };
 use crate::error::{Error, Result};
 use crate::ops::{AttentionSpec, DeltaSpec, Experts, Linear, NormSpec};
-use crate::store::quantized::WeightStore;
+use crate::store::Weight;
+use crate::tensor::Tensor;
 
-/// Loads a model: weights from `store`, pairs for the modules `settings` names, rotary tables for `positions`.
+/// Where weights come from: a checkpoint, or random numbers.
+pub trait WeightSource {
+    /// Matrix `[out_features, in_features]`, NF4 or dense as the source decides by name.
+    ///
+    /// # Errors
+    /// Those of the source.
+    fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight>;
+
+    /// Small tensor, widened to f32.
+    ///
+    /// # Errors
+    /// Those of the source.
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
+
+    /// Gate, up and down matrices of the experts under `prefix` (`model.layers.N.mlp.experts`), in expert order.
+    ///
+    /// # Errors
+    /// Those of the source.
+    fn experts(
+        &mut self,
+        prefix: &str,
+        num_experts: usize,
+        intermediate_size: usize,
+        hidden_size: usize,
+    ) -> Result<[Vec<Weight>; 3]>;
+}
+
+/// Loads a model: weights from `source`, pairs for the modules `settings` names, rotary tables for `positions`.
 ///
 /// # Errors
-/// Those of the store; [`Error::Config`] for a target that names no module.
+/// Those of the source; [`Error::Config`] for a target that names no module.
 pub fn load(
     config: &ModelConfig,
-    store: &mut WeightStore,
+    source: &mut dyn WeightSource,
     settings: AdapterSettings,
     positions: usize,
 ) -> Result<Decoder> {
     let mut loader = Loader {
         config,
-        store,
+        source,
         adapter: AdapterLayout::new(settings),
     };
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let embedding = loader
-        .store
+        .source
         .matrix("model.embed_tokens.weight", vocab, hidden)?;
     let blocks: Result<Vec<Block>> = config
         .layers
@@ -41,15 +69,14 @@ pub fn load(
         .map(|(index, layer)| loader.block(index, *layer))
         .collect();
     let blocks = blocks?;
-    let final_norm = loader.store.vector("model.norm.weight", hidden)?;
+    let final_norm = loader.source.tensor("model.norm.weight", &[hidden])?;
     let head = if config.tie_word_embeddings {
         None
     } else {
-        Some(loader.store.matrix("lm_head.weight", vocab, hidden)?)
+        Some(loader.source.matrix("lm_head.weight", vocab, hidden)?)
     };
-    let Loader { adapter, store, .. } = loader;
+    let adapter = loader.adapter;
     adapter.verify()?;
-    store.verify()?;
     let rope = Rope::new(&config.rope, positions)?;
     Ok(Decoder {
         config: config.clone(),
@@ -64,13 +91,13 @@ pub fn load(
 
 struct Loader<'a> {
     config: &'a ModelConfig,
-    store: &'a mut WeightStore,
+    source: &'a mut dyn WeightSource,
     adapter: AdapterLayout,
 }
 
 impl Loader<'_> {
     fn linear(&mut self, name: &str, role: Role, out: usize, cols: usize) -> Result<Linear> {
-        let weight = self.store.matrix(&format!("{name}.weight"), out, cols)?;
+        let weight = self.source.matrix(&format!("{name}.weight"), out, cols)?;
         let lora = self.adapter.register(name, role, out, cols);
         Ok(Linear {
             weight,
@@ -87,8 +114,8 @@ impl Loader<'_> {
         let prefix = format!("model.layers.{index}");
         let hidden = config.hidden_size;
         let input_norm = self
-            .store
-            .vector(&format!("{prefix}.input_layernorm.weight"), hidden)?;
+            .source
+            .tensor(&format!("{prefix}.input_layernorm.weight"), &[hidden])?;
         let mixer = match layer.mixer {
             MixerKind::Attention => Mixer::Attention(Box::new(self.attention(&prefix)?)),
             MixerKind::GatedDelta => {
@@ -100,7 +127,7 @@ impl Loader<'_> {
             }
         };
         let norm_name = format!("{prefix}.post_attention_layernorm.weight");
-        let post_attention_norm = self.store.vector(&norm_name, hidden)?;
+        let post_attention_norm = self.source.tensor(&norm_name, &[hidden])?;
         let mlp_name = format!("{prefix}.mlp");
         let mlp = match layer.mlp {
             MlpKind::Dense => {
@@ -147,7 +174,7 @@ impl Loader<'_> {
             let name = format!("{prefix}.self_attn.{name}");
             let mut linear = self.linear(&name, Role::Plain, out, cols)?;
             if bias {
-                linear.bias = Some(self.store.vector(&format!("{name}.bias"), out)?);
+                linear.bias = Some(self.source.tensor(&format!("{name}.bias"), &[out])?);
             }
             Ok(linear)
         };
@@ -159,7 +186,7 @@ impl Loader<'_> {
             let name = format!("{prefix}.self_attn.{name}.weight");
             config
                 .qk_norm
-                .then(|| self.store.vector(&name, hd))
+                .then(|| self.source.tensor(&name, &[hd]))
                 .transpose()
         };
         let (q_norm, k_norm) = (norm("q_norm")?, norm("k_norm")?);
@@ -191,7 +218,7 @@ impl Loader<'_> {
             spec.conv_dim(),
         );
         let conv = self
-            .store
+            .source
             .tensor(&name("conv1d.weight"), &[channels, 1, taps])?;
         Ok(GatedDelta {
             in_proj_qkvz: self.linear(
@@ -202,11 +229,11 @@ impl Loader<'_> {
             )?,
             in_proj_ba: self.linear(&name("in_proj_ba"), Role::Plain, 2 * heads, hidden)?,
             conv: conv.reshaped(&[channels, taps])?,
-            a_log: self.store.vector(&name("A_log"), heads)?,
-            dt_bias: self.store.vector(&name("dt_bias"), heads)?,
+            a_log: self.source.tensor(&name("A_log"), &[heads])?,
+            dt_bias: self.source.tensor(&name("dt_bias"), &[heads])?,
             norm: self
-                .store
-                .vector(&name("norm.weight"), config.value_head_dim)?,
+                .source
+                .tensor(&name("norm.weight"), &[config.value_head_dim])?,
             out_proj: self.linear(&name("out_proj"), Role::Plain, hidden, spec.value_dim())?,
             spec,
         })
@@ -224,7 +251,7 @@ impl Loader<'_> {
     /// A router or gate: never a target, its logits in f32.
     fn router(&mut self, name: &str, out: usize) -> Result<Linear> {
         let hidden = self.config.hidden_size;
-        let weight = self.store.matrix(&format!("{name}.weight"), out, hidden)?;
+        let weight = self.source.matrix(&format!("{name}.weight"), out, hidden)?;
         Ok(Linear {
             weight,
             bias: None,
@@ -239,16 +266,16 @@ impl Loader<'_> {
         let (hidden, width) = (self.config.hidden_size, config.moe_intermediate_size);
         let experts_name = format!("{prefix}.experts");
         let router = self.router(&format!("{prefix}.gate"), config.num_experts)?;
-        let matrices =
-            self.store
-                .expert_matrices(&experts_name, config.num_experts, width, hidden)?;
+        let [gate, up, down] =
+            self.source
+                .experts(&experts_name, config.num_experts, width, hidden)?;
         let lora = self
             .adapter
             .register_experts(&experts_name, config.num_experts, width, hidden);
         let experts = Experts {
-            gate: matrices.gate,
-            up: matrices.up,
-            down: matrices.down,
+            gate,
+            up,
+            down,
             lora,
             hidden_size: hidden,
             intermediate_size: width,

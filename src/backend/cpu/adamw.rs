@@ -33,10 +33,10 @@ pub(super) fn step(
             .zip(exp_avg.f32_mut()?.par_chunks_mut(BLOCK))
             .zip(exp_avg_sq.f32_mut()?.par_chunks_mut(BLOCK))
             .for_each(|(((params, grads), m), v)| factors.update(params, grads, m, v));
+        grads
+            .par_chunks_mut(BLOCK)
+            .for_each(|grads| grads.fill(0.0));
     }
-    grads
-        .par_chunks_mut(BLOCK)
-        .for_each(|grads| grads.fill(0.0));
     Ok(UpdateReport { grad_norm, applied })
 }
 

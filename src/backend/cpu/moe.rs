@@ -444,6 +444,7 @@ pub(super) fn gate_up_backward(
     let d_routed = cpu.rows_mut(OP, d_routed, routed, hidden)?;
     let want_d_x = !matches!(d_x, GradOut::Skip);
     let (base, grads) = split_grads(d_lora.f32_mut()?, &experts.lora, routing.num_experts);
+    let stride = experts.lora.stride;
     let context = Context {
         cpu,
         experts,
@@ -474,7 +475,14 @@ pub(super) fn gate_up_backward(
                     if want_d_x {
                         projection.backward_x(cpu, d_routed, d_out, &d_xa, rows, index > 0)?;
                     }
-                    projection.grads(grads, base, &x, xa, (d_out, &d_xa), rows);
+                    projection.grads(
+                        grads,
+                        base + rows.expert * stride,
+                        &x,
+                        xa,
+                        (d_out, &d_xa),
+                        rows,
+                    );
                 }
                 cpu.round(d_routed);
                 Ok(())
@@ -580,6 +588,7 @@ pub(super) fn down_backward(
     let d_h = split(cpu.rows_mut(OP, d_h, tokens * k, width)?, &rows, width);
     let weights = cpu.rows(OP, &routing.topk_weights, tokens, k)?;
     let (base, grads) = split_grads(d_lora.f32_mut()?, &experts.lora, routing.num_experts);
+    let stride = experts.lora.stride;
     let context = Context {
         cpu,
         experts,
@@ -612,7 +621,14 @@ pub(super) fn down_backward(
                 scale(&mut d_xa[row * rank..(row + 1) * rank]);
             }
             cpu.round(d_h);
-            down.grads(grads, base, h, xa, (&d_out, &d_xa), rows);
+            down.grads(
+                grads,
+                base + rows.expert * stride,
+                h,
+                xa,
+                (&d_out, &d_xa),
+                rows,
+            );
             Ok(d_weights)
         })
         .collect::<Result<_>>()?;
