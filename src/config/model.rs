@@ -1,8 +1,21 @@
 //! `config.json` of a Hugging Face checkpoint, read into the knobs of one decoder.
 //!
 //! Foreign file: unknown keys are accepted, but a known feature that is not implemented is refused by name.
+//! Start at [`ModelConfig::from_file`].
+
+mod parse;
+mod raw;
+mod rope;
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
 
 /// Shape and behaviour of a decoder-only language model.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent knobs of one decoder, named as in the papers"
+)]
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// `model_type` of the file, for messages.
@@ -45,6 +58,32 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Longest context the model was made for.
     pub max_position_embeddings: usize,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] without the file; else as [`Self::from_json`].
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if !path.exists() {
+            return Err(Error::Missing {
+                what: "model config".to_owned(),
+                tried: vec![path.to_owned()],
+            });
+        }
+        Self::from_json(&fs_err::read_to_string(path)?, path)
+    }
+
+    /// Reads the text of a `config.json`; `origin` names it in messages.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the text is no JSON object, a key is missing, has the wrong type or is out of range;
+    /// [`Error::Unsupported`] where it asks for a model this engine does not compute.
+    pub fn from_json(text: &str, origin: impl AsRef<Path>) -> Result<Self> {
+        parse::model_config(text, origin.as_ref())
+    }
 }
 
 /// What one layer is made of.

@@ -13,6 +13,6 @@ use crate::tensor::Tensor;
 pub enum Weight {
     /// As stored: f32, bf16 or f16.
     Dense(Tensor),
-    /// 4-bit NormalFloat blocks.
+    /// 4-bit `NormalFloat` blocks.
     Nf4(nf4::Nf4Matrix),
 }

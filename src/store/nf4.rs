@@ -1,4 +1,4 @@
-//! NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, app. E), as bitsandbytes lays it out.
+//! NF4, the 4-bit `NormalFloat` of QLoRA (Dettmers et al. 2023, app. E), as bitsandbytes lays it out.
 
 use crate::tensor::Tensor;
 
