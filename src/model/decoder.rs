@@ -322,6 +322,14 @@ impl DecoderActs {
         &self.inputs[layer]
     }
 
+    /// The residual stream between mixer and MLP of layer `layer`, `[T, D]`; only when all activations are kept.
+    pub fn layer_middle(&self, layer: usize) -> Option<&Tensor> {
+        match &self.layers {
+            LayerActs::All(acts) => Some(&acts[layer].x_mid),
+            LayerActs::Recomputed { .. } => None,
+        }
+    }
+
     /// Number of layers.
     pub fn num_layers(&self) -> usize {
         self.inputs.len() - 1

@@ -307,3 +307,23 @@ fn absent(section: &str) -> Error {
         why: "the model config has no such section".to_owned(),
     }
 }
+
+impl WeightSource for crate::store::quantized::QuantizedStore {
+    fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
+        self.matrix(name, out_features, in_features)
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(name, shape)
+    }
+
+    fn experts(
+        &mut self,
+        prefix: &str,
+        num_experts: usize,
+        intermediate_size: usize,
+        hidden_size: usize,
+    ) -> Result<[Vec<Weight>; 3]> {
+        self.experts(prefix, num_experts, intermediate_size, hidden_size)
+    }
+}

@@ -89,6 +89,22 @@ impl Golden {
         self.array(name).values
     }
 
+    pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
+        let file = self.file();
+        file.tensor(name).unwrap().data().to_vec()
+    }
+
+    /// `values` rounded to the element type that tensor `name` has.
+    pub(crate) fn round_like(&self, name: &str, values: &[f32]) -> Vec<f32> {
+        let dtype = self.file().tensor(name).unwrap().dtype();
+        let round = |value: &f32| match dtype {
+            Dtype::BF16 => half::bf16::from_f32(*value).to_f32(),
+            Dtype::F16 => half::f16::from_f32(*value).to_f32(),
+            _ => *value,
+        };
+        values.iter().map(round).collect()
+    }
+
     pub(crate) fn integers(&self, name: &str) -> Vec<i64> {
         let file = self.file();
         let view = file.tensor(name).unwrap();

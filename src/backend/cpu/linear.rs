@@ -34,7 +34,7 @@ pub(super) fn widen_rows(
     let range = rows.start * cols..rows.end * cols;
     match weight {
         Weight::Dense(tensor) => tensor.widen(range, out)?,
-        Weight::Nf4(matrix) => matrix.dequantize(range, out)?,
+        Weight::Nf4(matrix) => matrix.view()?.dequantize(range.start, out),
     }
     cpu.round(out);
     Ok(())
