@@ -52,8 +52,10 @@ fn norm(values: &[f32]) -> f64 {
 struct Factors {
     clip: f32,
     decay: f32,
-    beta1: f32,
+    /// `1 - beta1`, rounded once: `1 - f32(0.999)` would be off by 5e-5.
+    weight1: f32,
     beta2: f32,
+    weight2: f32,
     step_size: f32,
     root_bias: f32,
     epsilon: f32,
@@ -70,8 +72,9 @@ impl Factors {
         Self {
             clip: clip as f32,
             decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
-            beta1: step.beta1 as f32,
+            weight1: (1.0 - step.beta1) as f32,
             beta2: step.beta2 as f32,
+            weight2: (1.0 - step.beta2) as f32,
             step_size: (step.learning_rate / bias1) as f32,
             root_bias: bias2.sqrt() as f32,
             epsilon: step.epsilon as f32,
@@ -82,8 +85,8 @@ impl Factors {
         for (((param, grad), m), v) in params.iter_mut().zip(grads).zip(m).zip(v) {
             let grad = grad * self.clip;
             *param *= self.decay;
-            *m += (grad - *m) * (1.0 - self.beta1);
-            *v = *v * self.beta2 + grad * grad * (1.0 - self.beta2);
+            *m += (grad - *m) * self.weight1;
+            *v = *v * self.beta2 + grad * grad * self.weight2;
             *param -= self.step_size * *m / (v.sqrt() / self.root_bias + self.epsilon);
         }
     }
