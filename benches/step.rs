@@ -18,7 +18,10 @@ use brightrun::random::{Draws, Stream};
 use brightrun::train::trainer::{OptimizerSettings, Trainer};
 
 fn qwen2_5_0_5b(layers: usize) -> ModelConfig {
-    let layer = LayerConfig { mixer: MixerKind::Attention, mlp: MlpKind::Dense };
+    let layer = LayerConfig {
+        mixer: MixerKind::Attention,
+        mlp: MlpKind::Dense,
+    };
     ModelConfig {
         model_type: "qwen2".to_owned(),
         vocab_size: 151_936,
@@ -32,7 +35,11 @@ fn qwen2_5_0_5b(layers: usize) -> ModelConfig {
         qk_norm: false,
         attn_output_gate: false,
         sliding_window: None,
-        rope: RopeConfig { theta: 1e6, rotary_dim: 64, scaling: RopeScaling::Default },
+        rope: RopeConfig {
+            theta: 1e6,
+            rotary_dim: 64,
+            scaling: RopeScaling::Default,
+        },
         rms_norm_eps: 1e-6,
         norm_zero_centered: false,
         tie_word_embeddings: true,
@@ -44,7 +51,15 @@ fn qwen2_5_0_5b(layers: usize) -> ModelConfig {
 }
 
 fn adapter() -> AdapterSettings {
-    let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let targets = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ];
     AdapterSettings {
         rank: 16,
         expert_rank: 16,
@@ -59,10 +74,14 @@ fn adapter() -> AdapterSettings {
 /// One sequence of random ids, trained on all tokens.
 fn batches(tokens: usize, vocab_size: usize) -> StepBatches {
     let mut draws = Draws::new(1, Stream::Synthetic, 0);
-    let input_ids: Vec<u32> =
-        (0..tokens).map(|_| u32::try_from(draws.below(vocab_size)).unwrap_or(0)).collect();
-    let mut target_ids: Vec<i32> =
-        input_ids.iter().skip(1).map(|id| i32::try_from(*id).unwrap_or(0)).collect();
+    let input_ids: Vec<u32> = (0..tokens)
+        .map(|_| u32::try_from(draws.below(vocab_size)).unwrap_or(0))
+        .collect();
+    let mut target_ids: Vec<i32> = input_ids
+        .iter()
+        .skip(1)
+        .map(|id| i32::try_from(*id).unwrap_or(0))
+        .collect();
     target_ids.push(-100);
     let length = u32::try_from(tokens).unwrap_or(u32::MAX);
     let batch = Batch {
@@ -71,23 +90,32 @@ fn batches(tokens: usize, vocab_size: usize) -> StepBatches {
         cu_seqlens: vec![0, length],
         position_ids: (0..length).collect(),
     };
-    StepBatches { micro_batches: vec![batch], num_target_tokens: tokens - 1 }
+    StepBatches {
+        micro_batches: vec![batch],
+        num_target_tokens: tokens - 1,
+    }
 }
 
 /// The value after `--name`, or `default`.
 fn argument(name: &str, default: usize) -> usize {
     let arguments: Vec<String> = std::env::args().collect();
     let at = arguments.iter().position(|argument| argument == name);
-    at.and_then(|at| arguments.get(at + 1)?.parse().ok()).unwrap_or(default)
+    at.and_then(|at| arguments.get(at + 1)?.parse().ok())
+        .unwrap_or(default)
 }
 
 fn peak_rss_mb() -> Option<f64> {
     let status = fs_err::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-#[expect(clippy::print_stdout, reason = "the result of a benchmark is what it prints")]
+#[expect(
+    clippy::print_stdout,
+    reason = "the result of a benchmark is what it prints"
+)]
 fn main() -> anyhow::Result<()> {
     let (layers, tokens) = (argument("--layers", 24), argument("--tokens", 512));
     let steps = argument("--steps", 5);

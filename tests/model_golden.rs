@@ -18,9 +18,23 @@ use brightrun::train::trainer::{OptimizerSettings, Trainer};
 use common::{Golden, golden, max_abs_diff, output, relative_l2, zeros};
 use serde_json::Value;
 
-const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"];
-const SEVEN: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+const FAMILIES: [&str; 6] = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+];
+const SEVEN: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 const DELTANET: [&str; 5] = ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"];
 
 const LOGITS: f64 = 2e-4;
@@ -62,20 +76,41 @@ fn case(family: &'static str, targets: &[&str], policy: QuantizePolicy, weight_d
         weight_decay,
         max_grad_norm: 1.0,
     };
-    let trainer =
-        Trainer::new(Box::new(Cpu::new()), decoder, optimizer, 256, Recompute::None, 0).unwrap();
-    Case { family, json: serde_json::from_str(&text).unwrap(), trainer }
+    let trainer = Trainer::new(
+        Box::new(Cpu::new()),
+        decoder,
+        optimizer,
+        256,
+        Recompute::None,
+        0,
+    )
+    .unwrap();
+    Case {
+        family,
+        json: serde_json::from_str(&text).unwrap(),
+        trainer,
+    }
 }
 
 fn integers<T: TryFrom<i64>>(value: &Value) -> Vec<T>
 where
     T::Error: std::fmt::Debug,
 {
-    value.as_array().unwrap().iter().map(|v| T::try_from(v.as_i64().unwrap()).unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| T::try_from(v.as_i64().unwrap()).unwrap())
+        .collect()
 }
 
 fn floats(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_f64().unwrap())
+        .collect()
 }
 
 impl Case {
@@ -92,22 +127,35 @@ impl Case {
                 let mut target_ids = labels[1..].to_vec();
                 target_ids.push(-100);
                 let (cu_seqlens, position_ids) = (vec![0, length], (0..length).collect());
-                Batch { input_ids, target_ids, cu_seqlens, position_ids }
+                Batch {
+                    input_ids,
+                    target_ids,
+                    cu_seqlens,
+                    position_ids,
+                }
             })
             .collect()
     }
 
     /// All of them packed into one batch.
     fn packed(&self) -> StepBatches {
-        let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
+        let mut batch = Batch {
+            cu_seqlens: vec![0],
+            ..Batch::default()
+        };
         for one in self.sequences() {
             batch.input_ids.extend(one.input_ids);
             batch.target_ids.extend(one.target_ids);
             batch.position_ids.extend(one.position_ids);
-            batch.cu_seqlens.push(u32::try_from(batch.input_ids.len()).unwrap());
+            batch
+                .cu_seqlens
+                .push(u32::try_from(batch.input_ids.len()).unwrap());
         }
         let num_target_tokens = batch.target_ids.iter().filter(|id| **id >= 0).count();
-        StepBatches { micro_batches: vec![batch], num_target_tokens }
+        StepBatches {
+            micro_batches: vec![batch],
+            num_target_tokens,
+        }
     }
 
     fn file(&self, name: &str) -> Golden {
@@ -136,7 +184,11 @@ impl Case {
         }
         if let Some(expected) = expected["loss"].as_f64() {
             let diff = (loss_sum / targets as f64 - expected).abs();
-            assert!(diff <= MEAN_LOSS, "{} {file}: mean loss off by {diff:e}", self.family);
+            assert!(
+                diff <= MEAN_LOSS,
+                "{} {file}: mean loss off by {diff:e}",
+                self.family
+            );
         }
     }
 
@@ -147,7 +199,9 @@ impl Case {
         let rows = |tensor: &Tensor, width: usize| tensor.f32().unwrap()[..tokens * width].to_vec();
         let mut checked = 0;
         for name in golden.names() {
-            let Some(field) = name.strip_prefix(&format!("s{index}.")) else { continue };
+            let Some(field) = name.strip_prefix(&format!("s{index}.")) else {
+                continue;
+            };
             let expected = golden.values(&name);
             let what = format!("{} {name}", self.family);
             checked += 1;
@@ -175,7 +229,11 @@ impl Case {
                     let layer = layer.parse().unwrap();
                     let after = rows(acts.layer_middle(layer).unwrap(), config.hidden_size);
                     let before = rows(acts.layer_input(layer), config.hidden_size);
-                    after.iter().zip(&before).map(|(after, before)| after - before).collect()
+                    after
+                        .iter()
+                        .zip(&before)
+                        .map(|(after, before)| after - before)
+                        .collect()
                 } else {
                     panic!("{what}: not a field this test knows")
                 };
@@ -198,28 +256,49 @@ impl Case {
             f32_output: true,
         };
         let tokens = batch.input_ids.len();
-        let state = StepState { batch: batch.clone(), ..StepState::default() };
-        let (mut logits, mut xa, lora) = (output(&[tokens, vocab]), zeros(&[tokens, 0]), zeros(&[0]));
+        let state = StepState {
+            batch: batch.clone(),
+            ..StepState::default()
+        };
+        let (mut logits, mut xa, lora) =
+            (output(&[tokens, vocab]), zeros(&[tokens, 0]), zeros(&[0]));
         let x = self.trainer.activations().final_norm();
-        Cpu::new().linear_forward(&mut [&mut logits], &mut xa, x, &[&head], &lora, &state).unwrap();
+        Cpu::new()
+            .linear_forward(&mut [&mut logits], &mut xa, x, &[&head], &lora, &state)
+            .unwrap();
         logits.f32().unwrap().to_vec()
     }
 
     fn check_grads(&mut self, file: &str, per_tensor: f64) {
         let golden = self.file(file);
         let batches = self.packed();
-        self.trainer.adapter_mut().grads.f32_mut().unwrap().fill(0.0);
+        self.trainer
+            .adapter_mut()
+            .grads
+            .f32_mut()
+            .unwrap()
+            .fill(0.0);
         self.trainer.accumulate(&batches, 0).unwrap();
         let grads = self.trainer.adapter().grads.f32().unwrap().to_vec();
         for (name, range) in self.trainer.decoder().adapter.tensors() {
             let expected = golden.values(&format!("base_model.model.{name}"));
-            let (relative, abs) =
-                (relative_l2(&grads[range.clone()], &expected), max_abs_diff(&grads[range], &expected));
+            let (relative, abs) = (
+                relative_l2(&grads[range.clone()], &expected),
+                max_abs_diff(&grads[range], &expected),
+            );
             let what = format!("{} {file} {name}", self.family);
-            assert!(relative <= per_tensor || abs <= GRAD_ABS * per_tensor, "{what}: {relative:e}");
+            assert!(
+                relative <= per_tensor || abs <= GRAD_ABS * per_tensor,
+                "{what}: {relative:e}"
+            );
             assert!(abs <= GRAD_ABS * (per_tensor / GRAD), "{what}: {abs:e}");
         }
-        self.trainer.adapter_mut().grads.f32_mut().unwrap().fill(0.0);
+        self.trainer
+            .adapter_mut()
+            .grads
+            .f32_mut()
+            .unwrap()
+            .fill(0.0);
     }
 
     /// Five AdamW steps on the packed sequences.
@@ -231,13 +310,22 @@ impl Case {
         for (step, norm) in norms.iter().enumerate() {
             let report = self.trainer.step(&batches, step as u64, 1e-3).unwrap();
             let diff = (report.loss - losses[step]).abs();
-            assert!(diff <= TRAJECTORY, "{what} step {step}: loss off by {diff:e}");
+            assert!(
+                diff <= TRAJECTORY,
+                "{what} step {step}: loss off by {diff:e}"
+            );
             let diff = (report.grad_norm - norm).abs() / norm;
-            assert!(diff <= GRAD_NORM, "{what} step {step}: norm off by {diff:e}");
+            assert!(
+                diff <= GRAD_NORM,
+                "{what} step {step}: norm off by {diff:e}"
+            );
         }
         let (sum, count) = self.trainer.evaluate(&batches.micro_batches).unwrap();
         let diff = (sum / count as f64 - losses[norms.len()]).abs();
-        assert!(diff <= TRAJECTORY, "{what} after the last step: loss off by {diff:e}");
+        assert!(
+            diff <= TRAJECTORY,
+            "{what} after the last step: loss off by {diff:e}"
+        );
     }
 
     /// Change of the adapter since `before` against the golden one, all tensors together.
@@ -252,7 +340,11 @@ impl Case {
             expected.extend(after.values(&name).iter().zip(&start).map(|(v, s)| v - s));
         }
         let diff = relative_l2(&found, &expected);
-        assert!(diff <= STEP5_DELTA, "{}: weight change off by {diff:e}", self.family);
+        assert!(
+            diff <= STEP5_DELTA,
+            "{}: weight change off by {diff:e}",
+            self.family
+        );
     }
 }
 
@@ -262,7 +354,12 @@ fn plain(family: &'static str, weight_decay: f64) -> Case {
 
 fn nf4(family: &'static str, modules: &[&str], double_quant: bool, weight_decay: f64) -> Case {
     let modules = modules.iter().map(|&module| module.to_owned()).collect();
-    case(family, &SEVEN, QuantizePolicy::modules(modules, double_quant), weight_decay)
+    case(
+        family,
+        &SEVEN,
+        QuantizePolicy::modules(modules, double_quant),
+        weight_decay,
+    )
 }
 
 #[test]
@@ -307,10 +404,17 @@ fn five_steps_with_weight_decay_match() {
         let values = case.trainer.adapter().values.f32().unwrap();
         let norms = case.json["lora_final_wd0.01_norms"].as_object().unwrap();
         for (name, range) in case.trainer.decoder().adapter.tensors() {
-            let norm = values[range].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            let norm = values[range]
+                .iter()
+                .map(|v| f64::from(*v).powi(2))
+                .sum::<f64>()
+                .sqrt();
             let expected = norms[&format!("base_model.model.{name}")].as_f64().unwrap();
             // A weight moves by at most 2 lr per step where its gradient is noise; norms are of order 1.
-            assert!((norm - expected).abs() <= 1e-4 * expected.max(1.0), "{family} {name}");
+            assert!(
+                (norm - expected).abs() <= 1e-4 * expected.max(1.0),
+                "{family} {name}"
+            );
         }
     }
 }

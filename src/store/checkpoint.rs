@@ -2,7 +2,10 @@
 //!
 //! Everything is checked when it is opened: which shards there are, that each is as long as its header says, that the
 //! index and the shards agree. `mtp.*` tensors (extra prediction heads) are left out.
-#![expect(unsafe_code, reason = "mapping a file; the one call says why it is sound")]
+#![expect(
+    unsafe_code,
+    reason = "mapping a file; the one call says why it is sound"
+)]
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -53,7 +56,10 @@ impl Checkpoint {
                 let path = dir.join(shard);
                 if !path.is_file() {
                     let what = format!("shard `{shard}` that {} names", index.display());
-                    return Err(Error::Missing { what, tried: vec![path] });
+                    return Err(Error::Missing {
+                        what,
+                        tried: vec![path],
+                    });
                 }
                 add_shard(&path, &mut tensors)?;
             }
@@ -71,9 +77,15 @@ impl Checkpoint {
             add_shard(&single, &mut tensors)?;
         } else {
             let what = "model weights".to_owned();
-            return Err(Error::Missing { what, tried: vec![single, index] });
+            return Err(Error::Missing {
+                what,
+                tried: vec![single, index],
+            });
         }
-        Ok(Self { dir: dir.to_owned(), tensors })
+        Ok(Self {
+            dir: dir.to_owned(),
+            tensors,
+        })
     }
 
     /// The directory it was opened in.
@@ -114,7 +126,13 @@ impl Checkpoint {
             );
             return Err(Error::format(&*entry.path, reason));
         }
-        let Entry { map, dtype, shape, bytes, .. } = entry;
+        let Entry {
+            map,
+            dtype,
+            shape,
+            bytes,
+            ..
+        } = entry;
         match Tensor::mapped(name, shape, *dtype, map, bytes.clone()) {
             Some(tensor) => Ok(tensor),
             None => Tensor::from_f32(name, shape, widen_bytes(*dtype, &map[bytes.clone()])),
@@ -122,10 +140,16 @@ impl Checkpoint {
     }
 
     fn absent(&self, name: &str) -> Error {
-        let mut near: Vec<(usize, &str)> =
-            self.names().map(|other| (strsim::levenshtein(name, other), other)).collect();
+        let mut near: Vec<(usize, &str)> = self
+            .names()
+            .map(|other| (strsim::levenshtein(name, other), other))
+            .collect();
         near.sort_unstable();
-        let near: Vec<String> = near.iter().take(2).map(|(_, name)| format!("`{name}`")).collect();
+        let near: Vec<String> = near
+            .iter()
+            .take(2)
+            .map(|(_, name)| format!("`{name}`"))
+            .collect();
         let reason = format!(
             "has no tensor `{name}`, which config.json asks for; the closest are {}",
             near.join(" and ")
@@ -199,7 +223,10 @@ fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
             bytes,
         };
         if let Some(other) = tensors.insert(name.clone(), entry) {
-            let reason = format!("holds tensor `{name}`, which {} holds too", other.path.display());
+            let reason = format!(
+                "holds tensor `{name}`, which {} holds too",
+                other.path.display()
+            );
             return Err(Error::format(path, reason));
         }
     }
@@ -209,14 +236,17 @@ fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
 fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     match dtype {
-        DType::Bf16 => {
-            bytes.chunks_exact(2).map(|b| half::bf16::from_bits(half(b)).to_f32()).collect()
-        }
-        DType::F16 => {
-            bytes.chunks_exact(2).map(|b| half::f16::from_bits(half(b)).to_f32()).collect()
-        }
-        DType::F32 | DType::U8 | DType::U32 | DType::I32 => {
-            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-        }
+        DType::Bf16 => bytes
+            .chunks_exact(2)
+            .map(|b| half::bf16::from_bits(half(b)).to_f32())
+            .collect(),
+        DType::F16 => bytes
+            .chunks_exact(2)
+            .map(|b| half::f16::from_bits(half(b)).to_f32())
+            .collect(),
+        DType::F32 | DType::U8 | DType::U32 | DType::I32 => bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect(),
     }
 }

@@ -45,17 +45,29 @@ impl QuantizePolicy {
 
     /// Nothing is quantised.
     pub fn none() -> Self {
-        Self { modules: Vec::new(), named: false, double_quant: false }
+        Self {
+            modules: Vec::new(),
+            named: false,
+            double_quant: false,
+        }
     }
 
     /// The default modules.
     pub fn defaults(double_quant: bool) -> Self {
-        Self { modules: DEFAULT_MODULES.map(str::to_owned).to_vec(), named: false, double_quant }
+        Self {
+            modules: DEFAULT_MODULES.map(str::to_owned).to_vec(),
+            named: false,
+            double_quant,
+        }
     }
 
     /// These modules, each of which must name something.
     pub fn modules(modules: Vec<String>, double_quant: bool) -> Self {
-        Self { modules, named: true, double_quant }
+        Self {
+            modules,
+            named: true,
+            double_quant,
+        }
     }
 
     /// Index of the entry that names `module`.
@@ -94,14 +106,24 @@ impl QuantizedStore {
     /// Weights of `checkpoint` under `policy`.
     pub fn new(checkpoint: Checkpoint, policy: QuantizePolicy) -> Self {
         let matched = vec![false; policy.modules.len()];
-        Self { checkpoint, policy, matched, counts: WeightCounts::default() }
+        Self {
+            checkpoint,
+            policy,
+            matched,
+            counts: WeightCounts::default(),
+        }
     }
 
     /// Matrix `name` (`....weight`), NF4 if the policy names its module.
     ///
     /// # Errors
     /// Those of [`Checkpoint::tensor`] and of the quantisation.
-    pub fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
+    pub fn matrix(
+        &mut self,
+        name: &str,
+        out_features: usize,
+        in_features: usize,
+    ) -> Result<Weight> {
         let tensor = self.checkpoint.tensor(name, &[out_features, in_features])?;
         self.hold(name, tensor)
     }
@@ -134,10 +156,14 @@ impl QuantizedStore {
         let (mut gate, mut up, mut down) = (Vec::new(), Vec::new(), Vec::new());
         let fused = format!("{prefix}.gate_up_proj");
         if self.checkpoint.contains(&fused) {
-            let gate_up = self.checkpoint.tensor(&fused, &[num_experts, 2 * width, hidden])?;
+            let gate_up = self
+                .checkpoint
+                .tensor(&fused, &[num_experts, 2 * width, hidden])?;
             let gate_up = gate_up.reshaped(&[num_experts * 2 * width, hidden])?;
             let downs = format!("{prefix}.down_proj");
-            let downs = self.checkpoint.tensor(&downs, &[num_experts, hidden, width])?;
+            let downs = self
+                .checkpoint
+                .tensor(&downs, &[num_experts, hidden, width])?;
             let downs = downs.reshaped(&[num_experts * hidden, width])?;
             for expert in 0..num_experts {
                 let name = |projection: &str| format!("{prefix}.{expert}.{projection}.weight");
@@ -146,7 +172,8 @@ impl QuantizedStore {
                 gate.push(self.hold(&name("gate_proj"), part)?);
                 let part = gate_up.outer(name("up_proj"), first + width..first + 2 * width)?;
                 up.push(self.hold(&name("up_proj"), part)?);
-                let part = downs.outer(name("down_proj"), expert * hidden..(expert + 1) * hidden)?;
+                let part =
+                    downs.outer(name("down_proj"), expert * hidden..(expert + 1) * hidden)?;
                 down.push(self.hold(&name("down_proj"), part)?);
             }
         } else {
@@ -168,7 +195,10 @@ impl QuantizedStore {
             return Ok(Weight::Dense(tensor));
         };
         if matches!(module, "model.embed_tokens" | "lm_head") {
-            return Err(policy_error(&self.policy.modules[entry], "embedding and head stay as stored"));
+            return Err(policy_error(
+                &self.policy.modules[entry],
+                "embedding and head stay as stored",
+            ));
         }
         self.matched[entry] = true;
         let matrix = Nf4Matrix::from_tensor(&tensor, self.policy.double_quant)?;
