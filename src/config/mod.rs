@@ -1,6 +1,11 @@
 //! Settings of a run: the YAML a user writes, checked once into a [`TrainConfig`] that holds no doubt.
 
+mod env;
+mod file;
 pub mod model;
+mod reader;
+
+pub use env::Env;
 
 use std::path::PathBuf;
 
@@ -119,6 +124,8 @@ macro_rules! config_enum {
         impl $name {
             /// Spellings accepted in a config, in the order of the variants.
             pub const NAMES: &'static [&'static str] = &[$($text),+];
+            /// All variants, in the same order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
             /// The spelling used in configs and logs.
             pub fn name(self) -> &'static str { match self { $(Self::$variant => $text),+ } }
         }
@@ -222,6 +229,19 @@ pub enum Device {
     Emu,
     /// A CUDA device by ordinal.
     Cuda(usize),
+}
+
+impl Device {
+    /// `auto`, `cpu`, `emu`, `cuda` (the first) or `cuda:N`.
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "auto" => Self::Auto,
+            "cpu" => Self::Cpu,
+            "emu" => Self::Emu,
+            "cuda" => Self::Cuda(0),
+            other => Self::Cuda(other.strip_prefix("cuda:")?.parse().ok()?),
+        })
+    }
 }
 
 impl Serialize for Device {

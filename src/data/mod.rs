@@ -1,6 +1,19 @@
 //! Data: records of many formats to token sequences with targets, to packed batches.
 //!
-//! `jsonl --> records --> template (chat) --> tokens --> pack --> Batch`
+//! `jsonl --> records --> template (chat) --> sequences (tokens, labels) --> pack --> Batch`. Start at [`Dataset::load`].
+
+pub mod calendar;
+mod dataset;
+mod json;
+pub mod pack;
+pub mod records;
+mod report;
+pub mod sequences;
+pub mod template;
+pub mod tokenizer;
+
+pub use dataset::Dataset;
+pub use report::{Report, Segment};
 
 /// Label of a token that is not trained on.
 pub const IGNORE_INDEX: i32 = -100;
@@ -9,7 +22,7 @@ pub const IGNORE_INDEX: i32 = -100;
 ///
 /// Target `i` owns the labels in `target_ends[i - 1]..target_ends[i]`. Any run of consecutive targets can be cut out
 /// as a window `input_ids[..target_ends[last]]` with the labels before `target_ends[first - 1]` ignored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unit {
     /// Tokens.
     pub input_ids: Vec<u32>,
@@ -19,6 +32,8 @@ pub struct Unit {
     pub target_ends: Vec<usize>,
     /// Data set file (index into the config's list) and 1-based line of the record the unit came from.
     pub source: (usize, usize),
+    /// Units of one conversation have the same number: they are never on both sides of a held-out split.
+    pub group: usize,
 }
 
 /// Sequences run through the model together, laid end to end without padding.

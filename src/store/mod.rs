@@ -3,6 +3,7 @@
 //! `config.json + *.safetensors --mmap--> Checkpoint --quantize--> QuantizedStore`. Knows no model and no network.
 
 pub mod checkpoint;
+pub mod locate;
 pub mod nf4;
 pub mod quantized;
 
