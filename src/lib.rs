@@ -10,6 +10,7 @@
 pub mod backend;
 pub mod config;
 pub mod data;
+pub mod durable;
 pub mod error;
 pub mod export;
 pub mod model;

@@ -1,3 +1,9 @@
-//! The command line.
+//! The command line: `brightrun train | check | export`.
 
-fn main() {}
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}

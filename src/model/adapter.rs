@@ -50,7 +50,8 @@ impl AdapterSettings {
         clippy::cast_possible_truncation,
         reason = "the scaling is used in f32"
     )]
-    fn scaling(&self, rank: usize) -> f32 {
+    /// Factor on the product of a pair of `rank`.
+    pub fn scaling(&self, rank: usize) -> f32 {
         let rank = rank as f64;
         (self.alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32
     }
@@ -217,6 +218,15 @@ impl AdapterLayout {
             origin: "adapter".to_owned(),
             reason,
         })
+    }
+
+    /// Digest of every tensor's name and place: two runs with the same digest have interchangeable arenas.
+    pub fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for (name, range) in self.tensors() {
+            hasher.update(format!("{name} {range:?}\n").as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
     }
 
     /// The settings it was made from.

@@ -14,7 +14,7 @@ use crate::config::model::{
 use crate::error::{Error, Result};
 use crate::ops::{AttentionSpec, DeltaSpec, Experts, Linear, NormSpec};
 use crate::store::Weight;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Where weights come from: a checkpoint, or random numbers.
 pub trait WeightSource {
@@ -87,6 +87,48 @@ pub fn load(
         rope,
         adapter,
     })
+}
+
+/// The adapter that `settings` give this model, without any weight.
+///
+/// # Errors
+/// [`Error::Config`] for a target that names no module.
+pub fn adapter_layout(config: &ModelConfig, settings: AdapterSettings) -> Result<AdapterLayout> {
+    Ok(load(config, &mut Shapes, settings, 1)?.adapter)
+}
+
+/// Weights that have a shape and nothing else.
+struct Shapes;
+
+impl WeightSource for Shapes {
+    fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
+        let tensor = Tensor::planned(name, &[out_features, in_features], DType::F32);
+        Ok(Weight::Dense(tensor))
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::planned(name, shape, DType::F32))
+    }
+
+    fn experts(
+        &mut self,
+        prefix: &str,
+        num_experts: usize,
+        intermediate_size: usize,
+        hidden_size: usize,
+    ) -> Result<[Vec<Weight>; 3]> {
+        let (width, hidden) = (intermediate_size, hidden_size);
+        let mut all = |out: usize, cols: usize| -> Result<Vec<Weight>> {
+            (0..num_experts)
+                .map(|_| self.matrix(prefix, out, cols))
+                .collect()
+        };
+        Ok([
+            all(width, hidden)?,
+            all(width, hidden)?,
+            all(hidden, width)?,
+        ])
+    }
 }
 
 struct Loader<'a> {

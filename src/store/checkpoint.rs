@@ -23,7 +23,7 @@ const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// An opened checkpoint. Tensors are views of the mapped files.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
     tensors: BTreeMap<String, Entry>,
@@ -180,15 +180,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
 
 /// Adds the tensors of one file.
 fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
-    let file = fs::File::open(path)?;
-    let len = file.metadata()?.len();
-    if len < 8 {
-        let reason = format!("is {len} bytes long, too short for a safetensors file");
-        return Err(Error::format(path, reason));
-    }
-    // SAFETY: the map is read-only and private to this process; its length is checked against the header below. A file
-    // that another process truncates while it is mapped ends the process, as documented for `Checkpoint`.
-    let map = unsafe { Mmap::map(file.file()) }?;
+    let map = map_file(path)?;
+    let len = map.len();
     let (header_len, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
         let reason = format!(
             "is not a whole safetensors file of {len} bytes ({error}); it may be truncated: download \
@@ -201,18 +194,14 @@ fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
         if is_skipped(&name) {
             continue;
         }
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::Bf16,
-            Dtype::F16 => DType::F16,
-            other => {
-                let reason = format!(
-                    "tensor `{name}` is {other:?}; weights must be F32, BF16 or F16 (an already \
-                     quantised checkpoint cannot be the base)"
-                );
-                return Err(Error::format(path, reason));
-            }
-        };
+        let dtype = float_dtype(info.dtype).ok_or_else(|| {
+            let reason = format!(
+                "tensor `{name}` is {:?}; weights must be F32, BF16 or F16 (an already quantised checkpoint \
+                 cannot be the base)",
+                info.dtype
+            );
+            Error::format(path, reason)
+        })?;
         let start = header_len + 8;
         let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
         let entry = Entry {
@@ -233,7 +222,18 @@ fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
     Ok(())
 }
 
-fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+/// The element types that weights come in.
+pub fn float_dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::BF16 => DType::Bf16,
+        Dtype::F16 => DType::F16,
+        _ => return None,
+    })
+}
+
+/// Little-endian elements of a floating point `dtype`, as f32.
+pub fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     match dtype {
         DType::Bf16 => bytes
@@ -249,4 +249,21 @@ fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect(),
     }
+}
+
+/// Maps a safetensors file into memory.
+///
+/// # Errors
+/// [`Error::Format`] if it is too short to be one; those of the file system.
+pub fn map_file(path: &Path) -> Result<Mmap> {
+    let file = fs::File::open(path)?;
+    let len = file.metadata()?.len();
+    if len < 8 {
+        let reason = format!("is {len} bytes long, too short for a safetensors file");
+        return Err(Error::format(path, reason));
+    }
+    // SAFETY: the map is read-only and private to this process; its length is checked against the header below. A file
+    // that another process truncates while it is mapped ends the process, as documented for `Checkpoint`.
+    let map = unsafe { Mmap::map(file.file()) }?;
+    Ok(map)
 }

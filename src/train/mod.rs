@@ -1,3 +1,14 @@
 //! Training: the step, the optimizer, checkpoints, metrics.
 
+pub mod checkpoint;
+pub mod events;
+mod metrics;
+mod prepare;
+mod run;
+pub mod schedule;
+mod stop;
 pub mod trainer;
+
+pub use prepare::Prepared;
+pub use run::{Outcome, run, summary_of};
+pub use stop::StopFlag;

@@ -1,0 +1,92 @@
+//! Arguments, what is printed, exit codes.
+
+mod check;
+mod console;
+mod export;
+mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use brightrun::config::TrainConfig;
+use brightrun::error::{Error, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Fine-tunes language models with LoRA on 4-bit base weights: dataset in, PEFT adapter out.
+#[derive(Debug, Parser)]
+#[command(name = "brightrun", version, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failure, 2 usage, 12 does not fit into memory, 17 loss or gradient not \
+    finite, 65 bad data, 66 missing input, 74 I/O, 78 bad config, 130/143 stopped by SIGINT/SIGTERM (resumable).";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train an adapter; goes on from the newest checkpoint in `output_dir`.
+    Train(ConfigArguments),
+    /// Check config and data sets without training: formats, what is left out and why, lengths, a masked sample.
+    Check(ConfigArguments),
+    /// Write the adapter of a run in another form.
+    Export(ExportArguments),
+}
+
+/// A config and what is put over it.
+#[derive(Debug, clap::Args)]
+struct ConfigArguments {
+    /// Config in YAML; paths in it are relative to the current directory.
+    config: PathBuf,
+    /// Overrides a setting, as `--set key=value`; the value is YAML.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl ConfigArguments {
+    fn load(&self) -> Result<TrainConfig> {
+        TrainConfig::load(&self.config, &self.sets)
+    }
+}
+
+/// What `export` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// PEFT adapter for transformers 4, and for vLLM.
+    Peft,
+    /// PEFT adapter for transformers 5 with PEFT 0.21, which holds experts as parameters.
+    Peft5,
+    /// Hugging Face checkpoint with the adapter merged into the base weights.
+    Merged,
+}
+
+#[derive(Debug, clap::Args)]
+struct ExportArguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+    /// What to write.
+    #[arg(long, value_enum, default_value_t = Format::Peft)]
+    format: Format,
+    /// Where to; by default `adapter`, `adapter-peft5` or `merged` in `output_dir`.
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Checkpoint directory to take; by default the newest in `output_dir`, else its `adapter`.
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
+}
+
+/// Runs the command line of this process.
+pub(crate) fn run() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match &arguments.command {
+        Command::Train(arguments) => train::run(arguments),
+        Command::Check(arguments) => check::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
+    };
+    result.unwrap_or_else(|error| fail(&error))
+}
+
+fn fail(error: &Error) -> ExitCode {
+    console::error(&error.to_string());
+    ExitCode::from(error.exit_code())
+}

@@ -1,0 +1,160 @@
+//! File operations that survive a crash: what was reported done is on the disk.
+//!
+//! Every operation is counted, so that a fault test can end the process before any one of them.
+
+use std::cell::Cell;
+use std::io::Write;
+use std::path::Path;
+
+use fs_err as fs;
+
+use crate::error::Result;
+
+/// Writes, renames and removes, with `fsync` where it matters.
+#[derive(Debug, Default)]
+pub struct Durable {
+    kill_at: Option<u64>,
+    count: Cell<u64>,
+}
+
+impl Durable {
+    /// Ends the process before operation `kill_at` (from 1), if given.
+    pub fn new(kill_at: Option<u64>) -> Self {
+        Self {
+            kill_at,
+            count: Cell::new(0),
+        }
+    }
+
+    /// Operations so far.
+    pub fn count(&self) -> u64 {
+        self.count.get()
+    }
+
+    fn step(&self) {
+        self.count.set(self.count.get() + 1);
+        if self.kill_at == Some(self.count.get()) {
+            let process = rustix::process::getpid();
+            // As an outside `kill -9` would: no clean-up runs.
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        }
+    }
+
+    /// Writes a new file and brings it to the disk. Its space is asked for first, so that a full disk is noticed before
+    /// anything is lost.
+    ///
+    /// # Errors
+    /// Those of the file system, naming the path.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        self.step();
+        let mut file = fs::File::create(path)?;
+        reserve(&file, bytes.len())?;
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        file.write_all(first)?;
+        self.step();
+        file.write_all(second)?;
+        self.step();
+        file.sync_all()?;
+        Ok(())
+    }
+
+    /// Replaces the file `path` at once: readers see the old or the new bytes.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let partial = path.with_extension(format!("{}.partial", std::process::id()));
+        self.write(&partial, bytes)?;
+        self.rename(&partial, path)
+    }
+
+    /// Renames, and brings the directory to the disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.step();
+        fs::rename(from, to)?;
+        self.step();
+        if let Some(parent) = to.parent() {
+            self.sync_dir(parent)?;
+        }
+        Ok(())
+    }
+
+    /// Puts directory `from` in the place of directory `to`, which may exist; the old one is removed.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn replace_dir(&self, from: &Path, to: &Path) -> Result<()> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        if !to.exists() {
+            return self.rename(from, to);
+        }
+        self.step();
+        if renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_err() {
+            // A file system that cannot exchange: the old one steps aside first.
+            let aside = from.with_extension("old");
+            fs::rename(to, &aside)?;
+            fs::rename(from, to)?;
+            fs::rename(&aside, from)?;
+        }
+        if let Some(parent) = to.parent() {
+            self.sync_dir(parent)?;
+        }
+        self.remove_dir(from)
+    }
+
+    /// Brings a directory's entries to the disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn sync_dir(&self, path: &Path) -> Result<()> {
+        self.step();
+        let path = if path.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            path
+        };
+        fs::File::open(path)?.sync_all()?;
+        Ok(())
+    }
+
+    /// Makes a directory and those above it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create_dir(&self, path: &Path) -> Result<()> {
+        self.step();
+        fs::create_dir_all(path)?;
+        Ok(())
+    }
+
+    /// Removes a directory and what is in it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_dir(&self, path: &Path) -> Result<()> {
+        self.step();
+        fs::remove_dir_all(path)?;
+        Ok(())
+    }
+}
+
+/// Asks for the space of a file; file systems that cannot say are believed.
+fn reserve(file: &fs::File, len: usize) -> Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    if len == 0 {
+        return Ok(());
+    }
+    match fallocate(file.file(), FallocateFlags::KEEP_SIZE, 0, len as u64) {
+        Err(rustix::io::Errno::NOSPC) => {
+            let text = format!(
+                "{}: {len} bytes are needed and the disk is full",
+                file.path().display()
+            );
+            Err(std::io::Error::new(std::io::ErrorKind::StorageFull, text).into())
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}

@@ -1,0 +1,331 @@
+//! Checkpoints of a run: written so that a crash at any instant leaves an older good one, verified before they are used.
+//!
+//! `checkpoints/step-N/` holds `adapter.safetensors` (values and moments, f32), `state.json` and `manifest.json` (length
+//! and BLAKE3 of the other two). It is written as `.step-N.<pid>.partial`, brought to the disk, then renamed; `LATEST`
+//! is only a hint.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use fs_err as fs;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::trainer::AdapterState;
+use crate::durable::Durable;
+use crate::error::{Error, Result};
+use crate::store::checkpoint::widen_bytes;
+use crate::tensor::DType;
+
+const FORMAT_VERSION: u32 = 1;
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "state.json";
+const ADAPTER: &str = "adapter.safetensors";
+const LATEST: &str = "LATEST";
+
+/// What a run needs besides the adapter to go on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Loss sum of the target tokens of the epoch so far.
+    pub epoch_loss_sum: f64,
+    /// Target tokens of the epoch so far.
+    pub epoch_target_tokens: u64,
+    /// Seconds trained.
+    pub elapsed_s: f64,
+    /// The date chat templates were told, in days since 1970-01-01.
+    pub date_days: u32,
+    /// Digest of the tokens and labels.
+    pub data_digest: String,
+    /// Digest of the adapter's tensor names and places.
+    pub layout_digest: String,
+    /// The settings of the run.
+    pub config: serde_json::Map<String, serde_json::Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    format_version: u32,
+    engine_version: String,
+    files: BTreeMap<String, FileDigest>,
+}
+
+#[derive(Serialize, Deserialize, PartialEq, Eq)]
+struct FileDigest {
+    length: u64,
+    blake3: String,
+}
+
+/// A checkpoint read back and verified.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Its state.
+    pub state: State,
+    values: Vec<f32>,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+}
+
+impl Loaded {
+    /// Puts values and moments into `adapter`.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the adapter has another size.
+    pub fn restore(&self, adapter: &mut AdapterState) -> Result<()> {
+        for (found, target) in [
+            (&self.values, &mut adapter.values),
+            (&self.exp_avg, &mut adapter.exp_avg),
+            (&self.exp_avg_sq, &mut adapter.exp_avg_sq),
+        ] {
+            let target = target.f32_mut()?;
+            if found.len() != target.len() {
+                let reason = format!(
+                    "holds {} adapter values, this run has {}",
+                    found.len(),
+                    target.len()
+                );
+                return Err(Error::format(&self.path, reason));
+            }
+            target.copy_from_slice(found);
+        }
+        Ok(())
+    }
+
+    /// The adapter's values.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+/// The checkpoints of an output directory.
+#[derive(Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep: usize,
+}
+
+impl Checkpoints {
+    /// Those in `output_dir/checkpoints`, of which the `keep` newest stay.
+    pub fn new(output_dir: &Path, keep: usize) -> Self {
+        Self {
+            dir: output_dir.join("checkpoints"),
+            keep,
+        }
+    }
+
+    /// Writes, verifies, and only then removes what is too old.
+    ///
+    /// # Errors
+    /// Those of the file system; [`Error::Format`] if what was written does not read back.
+    pub fn save(&self, files: &Durable, state: &State, adapter: &AdapterState) -> Result<PathBuf> {
+        let name = format!("step-{}", state.step);
+        let partial = self
+            .dir
+            .join(format!(".{name}.{}.partial", std::process::id()));
+        let path = self.dir.join(&name);
+        files.create_dir(&partial)?;
+        let contents = [
+            (ADAPTER, adapter_bytes(adapter)?),
+            (STATE, json_bytes(state)?),
+        ];
+        let mut manifest = Manifest {
+            format_version: FORMAT_VERSION,
+            engine_version: env!("CARGO_PKG_VERSION").to_owned(),
+            files: BTreeMap::new(),
+        };
+        for (name, bytes) in &contents {
+            files.write(&partial.join(name), bytes)?;
+            manifest.files.insert((*name).to_owned(), digest(bytes));
+        }
+        files.write(&partial.join(MANIFEST), &json_bytes(&manifest)?)?;
+        files.sync_dir(&partial)?;
+        files.replace_dir(&partial, &path)?;
+        files.replace(&self.dir.join(LATEST), name.as_bytes())?;
+        read(&path)?;
+        self.prune(files)?;
+        Ok(path)
+    }
+
+    /// Numbers of the checkpoints there are, newest first; good or not.
+    pub fn steps(&self) -> Vec<u64> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let mut steps: Vec<u64> = entries
+            .filter_map(|entry| {
+                entry
+                    .file_name()
+                    .to_str()?
+                    .strip_prefix("step-")?
+                    .parse()
+                    .ok()
+            })
+            .collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        steps
+    }
+
+    /// The newest checkpoint that is whole, and a warning for each newer one that is not.
+    pub fn newest(&self) -> (Option<Loaded>, Vec<String>) {
+        let mut warnings = Vec::new();
+        for step in self.steps() {
+            match read(&self.dir.join(format!("step-{step}"))) {
+                Ok(loaded) => return (Some(loaded), warnings),
+                Err(error) => warnings.push(format!(
+                    "checkpoint step-{step} is damaged and not used: {error}"
+                )),
+            }
+        }
+        (None, warnings)
+    }
+
+    /// Renames the checkpoints after `step`, so that they are neither resumed from nor counted; their new names.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn set_aside_after(&self, files: &Durable, step: u64) -> Result<Vec<PathBuf>> {
+        let mut names = Vec::new();
+        for newer in self.steps().into_iter().filter(|newer| *newer > step) {
+            let path = self.dir.join(format!("step-{newer}"));
+            let mut aside = self.dir.join(format!("unused-step-{newer}"));
+            let mut number = 1;
+            while aside.exists() {
+                number += 1;
+                aside = self.dir.join(format!("unused-step-{newer}-{number}"));
+            }
+            files.rename(&path, &aside)?;
+            names.push(aside);
+        }
+        Ok(names)
+    }
+
+    /// Removes all of them.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn discard(&self, files: &Durable) -> Result<()> {
+        if self.dir.is_dir() {
+            files.remove_dir(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    /// Removes all but the newest `keep`, and what crashed saves left behind.
+    fn prune(&self, files: &Durable) -> Result<()> {
+        for step in self.steps().into_iter().skip(self.keep) {
+            files.remove_dir(&self.dir.join(format!("step-{step}")))?;
+        }
+        for entry in fs::read_dir(&self.dir)?.flatten() {
+            let is_partial = entry.file_name().to_string_lossy().ends_with(".partial");
+            if is_partial && entry.path().is_dir() {
+                files.remove_dir(&entry.path())?;
+            } else if is_partial {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a checkpoint directory and verifies every byte.
+///
+/// # Errors
+/// [`Error::Missing`] if it is not there, [`Error::Format`] saying what is wrong with it.
+pub fn read(path: &Path) -> Result<Loaded> {
+    let manifest_path = path.join(MANIFEST);
+    if !manifest_path.is_file() {
+        let what = "checkpoint (a directory with `manifest.json`)".to_owned();
+        return Err(Error::Missing {
+            what,
+            tried: vec![manifest_path],
+        });
+    }
+    let manifest: Manifest = parse(&manifest_path, &fs::read(&manifest_path)?)?;
+    if manifest.format_version != FORMAT_VERSION {
+        let reason = format!(
+            "has format version {}, this engine reads {FORMAT_VERSION}",
+            manifest.format_version
+        );
+        return Err(Error::format(manifest_path, reason));
+    }
+    let file = |name: &str| -> Result<Vec<u8>> {
+        let path = path.join(name);
+        let expected = manifest
+            .files
+            .get(name)
+            .ok_or_else(|| Error::format(&manifest_path, format!("does not list `{name}`")))?;
+        if !path.is_file() {
+            return Err(Error::Missing {
+                what: format!("`{name}` of the checkpoint"),
+                tried: vec![path],
+            });
+        }
+        let bytes = fs::read(&path)?;
+        let found = digest(&bytes);
+        if found.length != expected.length {
+            let reason = format!(
+                "is {} bytes long, the manifest says {}",
+                found.length, expected.length
+            );
+            return Err(Error::format(path, reason));
+        }
+        if found != *expected {
+            return Err(Error::format(
+                path,
+                "does not have the digest the manifest says",
+            ));
+        }
+        Ok(bytes)
+    };
+    let state: State = parse(&path.join(STATE), &file(STATE)?)?;
+    let bytes = file(ADAPTER)?;
+    let malformed =
+        |error: safetensors::SafeTensorError| Error::format(path.join(ADAPTER), error.to_string());
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(malformed)?;
+    let values_of = |name: &str| -> Result<Vec<f32>> {
+        let view = tensors.tensor(name).map_err(malformed)?;
+        Ok(widen_bytes(DType::F32, view.data()))
+    };
+    Ok(Loaded {
+        path: path.to_owned(),
+        values: values_of("values")?,
+        exp_avg: values_of("exp_avg")?,
+        exp_avg_sq: values_of("exp_avg_sq")?,
+        state,
+    })
+}
+
+fn adapter_bytes(adapter: &AdapterState) -> Result<Vec<u8>> {
+    let mut tensors = Vec::new();
+    for (name, tensor) in [
+        ("values", &adapter.values),
+        ("exp_avg", &adapter.exp_avg),
+        ("exp_avg_sq", &adapter.exp_avg_sq),
+    ] {
+        let values = tensor.f32()?;
+        let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values));
+        tensors.push((name, view.map_err(unwritable)?));
+    }
+    safetensors::serialize(tensors, None).map_err(unwritable)
+}
+
+fn unwritable(error: safetensors::SafeTensorError) -> Error {
+    Error::format(ADAPTER, error.to_string())
+}
+
+fn json_bytes<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value).map_err(|error| Error::format(STATE, error.to_string()))
+}
+
+fn parse<T: for<'a> Deserialize<'a>>(path: &Path, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Error::format(path, format!("is damaged: {error}")))
+}
+
+fn digest(bytes: &[u8]) -> FileDigest {
+    FileDigest {
+        length: bytes.len() as u64,
+        blake3: blake3::hash(bytes).to_hex().to_string(),
+    }
+}
