@@ -1,6 +1,8 @@
 //! What the integration tests share: golden tensors, and how far a result is from them.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod cli;
+
 use std::path::PathBuf;
 
 use brightrun::data::Batch;
