@@ -5,8 +5,8 @@
 //! - Activation gradients overwrite unless their type is [`GradOut`]; parameter gradients accumulate; the gradient of
 //!   the residual stream accumulates.
 //! - Tensors of token rows have the capacity of the run; the first [`StepState::num_tokens`] rows count.
-//! - Letters: `T` tokens, `D` hidden_size, `V` vocab_size, `E` experts, `K` experts per token, `R = T K` routed rows,
-//!   `I` an MLP's width, `Hq Hk` query and key/value heads, `hd` head_dim.
+//! - Letters: `T` tokens, `D` `hidden_size`, `V` `vocab_size`, `E` experts, `K` experts per token, `R = T K` routed rows,
+//!   `I` an MLP's width, `Hq Hk` query and key/value heads, `hd` `head_dim`.
 //! - Two calls with equal inputs give equal bits, on any number of threads.
 //!
 //! Errors of every op: [`Error::Shape`](crate::error::Error::Shape) where extents disagree,
@@ -348,7 +348,7 @@ impl DeltaSpec {
     }
 }
 
-/// AdamW's constants for one step.
+/// `AdamW`'s constants for one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate.
@@ -388,6 +388,11 @@ pub enum GradOut<'a> {
 }
 
 /// The operations. See the module for conventions.
+///
+/// # Errors
+/// Every operation: [`Error::Shape`](crate::error::Error::Shape) or [`Error::DType`](crate::error::Error::DType) for a
+/// tensor that does not fit it, naming both.
+#[expect(clippy::missing_errors_doc, reason = "said once, for all of them")]
 pub trait Ops: std::fmt::Debug {
     /// Element type of activations on this device.
     fn activation_dtype(&self) -> DType;
@@ -424,10 +429,6 @@ pub trait Ops: std::fmt::Debug {
     ) -> Result<()>;
 
     /// `d_x (+)= rstd (d_out w - xh mean(d_out w xh))` with `xh = x rstd`.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what forward saved is passed by name"
-    )]
     fn rms_norm_backward(
         &self,
         d_x: GradOut<'_>,
@@ -535,7 +536,6 @@ pub trait Ops: std::fmt::Debug {
     /// `o = softmax(scale q k^T + mask) v` per head: causal, within each sequence, within the window.
     ///
     /// `q, o [T, Hq, hd]`, `k, v [T, Hk, hd]`, `lse [T, Hq]` f32: log of the softmax's denominator.
-    #[expect(clippy::too_many_arguments, reason = "q, k, v are three tensors")]
     fn attention_forward(
         &self,
         o: &mut Tensor,
@@ -578,10 +578,6 @@ pub trait Ops: std::fmt::Debug {
     ) -> Result<()>;
 
     /// Backward of [`Self::attention_gate_forward`]; writes only the gate half of `d_q_proj`.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what forward saved is passed by name"
-    )]
     fn attention_gate_backward(
         &self,
         d_o: &mut Tensor,
@@ -617,10 +613,6 @@ pub trait Ops: std::fmt::Debug {
     ) -> Result<()>;
 
     /// `beta = sigmoid(b)`, `g = -exp(a_log) softplus(a + dt_bias)`; `g, beta [T, Hv]` f32.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "both gates come from one row of ba"
-    )]
     fn delta_gates_forward(
         &self,
         g: &mut Tensor,
@@ -682,10 +674,6 @@ pub trait Ops: std::fmt::Debug {
     ) -> Result<()>;
 
     /// `y = weight o rstd silu(z)` per value head; `o, y [T, value_dim]`, `rstd [T, Hv]` f32, `weight [dv]` f32.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "norm and gate are one pass over memory"
-    )]
     fn gated_rms_norm_forward(
         &self,
         y: &mut Tensor,
@@ -849,7 +837,7 @@ pub trait Ops: std::fmt::Debug {
         state: &StepState,
     ) -> Result<()>;
 
-    /// Global norm, clipping and AdamW over the flat arena, all `[n]` f32; the gradient is zeroed. An update whose norm
+    /// Global norm, clipping and `AdamW` over the flat arena, all `[n]` f32; the gradient is zeroed. An update whose norm
     /// is not finite is not made, and the gradient stays for inspection.
     fn adamw(
         &self,

@@ -1,6 +1,13 @@
 //! Invariants of whole models with random weights: gradients against finite differences, packing, accumulation,
 //! recompute, threads, dropout.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test's helper fails its test"
+)]
+
 mod common;
 
 use brightrun::backend::cpu::Cpu;
@@ -462,7 +469,7 @@ fn a_loss_that_is_not_finite_names_the_step_and_the_layer() {
             .iter()
             .zip(after)
             .enumerate()
-            .all(|(i, (b, a))| i == at || b == a)
+            .all(|(i, (b, a))| i == at || b.to_bits() == a.to_bits())
     );
 }
 

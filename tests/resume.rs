@@ -1,5 +1,12 @@
 //! A run that was stopped, killed or damaged and then resumed ends with the same bytes as one that was not.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test's helper fails its test"
+)]
+
 mod common;
 
 use std::os::unix::process::ExitStatusExt;
@@ -25,8 +32,16 @@ const KILLS: usize = 20;
 fn project(settings: &str) -> Project {
     let conversation = |number: usize| {
         let turn = |index: usize| {
-            let text = format!("{} {}", number * 7 + index, "ab ".repeat(1 + (number + index) % 3));
-            let role = if index % 2 == 0 { "user" } else { "assistant" };
+            let text = format!(
+                "{} {}",
+                number * 7 + index,
+                "ab ".repeat(1 + (number + index) % 3)
+            );
+            let role = if index.is_multiple_of(2) {
+                "user"
+            } else {
+                "assistant"
+            };
             json!({"role": role, "content": text})
         };
         // 3 targets in most, 4 in the first: 19 to train on with one conversation of three held out.
@@ -34,7 +49,11 @@ fn project(settings: &str) -> Project {
         json!({"messages": (0..turns).map(turn).collect::<Vec<_>>()}).to_string()
     };
     let lines: Vec<String> = (0..7).map(conversation).collect();
-    Project::new(&golden("models/qwen3_next"), &lines.join("\n"), &format!("{SETTINGS}{settings}"))
+    Project::new(
+        &golden("models/qwen3_next"),
+        &lines.join("\n"),
+        &format!("{SETTINGS}{settings}"),
+    )
 }
 
 /// What must be equal between two runs.
@@ -52,7 +71,9 @@ fn result(project: &Project) -> Result {
         line.remove("elapsed_s");
         line.remove("tokens_per_second");
     }
-    let state = project.path(&format!("out/checkpoints/step-{TOTAL_STEPS}/adapter.safetensors"));
+    let state = project.path(&format!(
+        "out/checkpoints/step-{TOTAL_STEPS}/adapter.safetensors"
+    ));
     Result {
         metrics,
         adapter: project.adapter_bytes(),
@@ -65,7 +86,14 @@ fn uninterrupted() -> Result {
     project.succeed("train", &[]);
     let result = result(&project);
     assert_eq!(result.metrics.len() as u64, TOTAL_STEPS);
-    assert_eq!(result.metrics.iter().filter(|line| line["eval_loss"].is_f64()).count(), 4);
+    assert_eq!(
+        result
+            .metrics
+            .iter()
+            .filter(|line| line["eval_loss"].is_f64())
+            .count(),
+        4
+    );
     result
 }
 
@@ -117,7 +145,11 @@ fn a_run_stopped_at_every_step_ends_with_the_same_bytes() {
 fn two_runs_and_other_thread_counts_give_the_same_bytes() {
     let expected = uninterrupted();
     let project = project("");
-    let status = project.command("train", &[]).env("RAYON_NUM_THREADS", "3").status().unwrap();
+    let status = project
+        .command("train", &[])
+        .env("RAYON_NUM_THREADS", "3")
+        .status()
+        .unwrap();
     assert!(status.success());
     assert!(result(&project) == expected);
 }
@@ -133,7 +165,10 @@ fn recomputed_activations_give_the_same_bytes() {
 #[test]
 fn sigterm_and_sigint_save_and_stop() {
     let expected = uninterrupted();
-    for (signal, code) in [(rustix::process::Signal::TERM, 143), (rustix::process::Signal::INT, 130)] {
+    for (signal, code) in [
+        (rustix::process::Signal::TERM, 143),
+        (rustix::process::Signal::INT, 130),
+    ] {
         let project = project("");
         let child = project
             .command("train", &[])
@@ -151,7 +186,10 @@ fn sigterm_and_sigint_save_and_stop() {
         // On a fast machine all steps may be done before the signal comes.
         if output.status.code() != Some(0) {
             assert_eq!(output.status.code(), Some(code), "{text}");
-            assert!(text.contains("stopped after step") && text.contains("to go on: brightrun train"), "{text}");
+            assert!(
+                text.contains("stopped after step") && text.contains("to go on: brightrun train"),
+                "{text}"
+            );
         }
         project.succeed("train", &[]);
         assert!(result(&project) == expected);
@@ -161,15 +199,23 @@ fn sigterm_and_sigint_save_and_stop() {
 /// Kill points before file operations and at moments, drawn from a fixed seed.
 #[test]
 fn kill_9_at_any_point_loses_at_most_one_interval() {
-    #[expect(clippy::disallowed_methods, reason = "the soak script asks for more kills")]
-    let kills = std::env::var("BRIGHTRUN_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(KILLS);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the soak script asks for more kills"
+    )]
+    let kills = std::env::var("BRIGHTRUN_KILLS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(KILLS);
     let expected = uninterrupted();
     let mut draws = Draws::new(7, Stream::Synthetic, 0);
     let mut num_killed = 0;
     for kill in 0..kills {
         let project = project("");
         let mut command = project.command("train", &[]);
-        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        command
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
         let status = if kill % 2 == 0 {
             // A run of this config passes 213 such points.
             let operation = 1 + draws.below(213);
@@ -186,11 +232,18 @@ fn kill_9_at_any_point_loses_at_most_one_interval() {
         check_state(&project);
         project.succeed("train", &[]);
         assert!(result(&project) == expected, "kill {kill}");
-        let left: Vec<String> = project.checkpoints().into_iter().filter(|name| name.contains("partial")).collect();
+        let left: Vec<String> = project
+            .checkpoints()
+            .into_iter()
+            .filter(|name| name.contains("partial"))
+            .collect();
         assert!(left.is_empty(), "{left:?}");
     }
     // The test must kill to mean anything; some moments come after the end of the run.
-    assert!(num_killed * 2 > kills, "only {num_killed} of {kills} runs were killed");
+    assert!(
+        num_killed * 2 > kills,
+        "only {num_killed} of {kills} runs were killed"
+    );
 }
 
 /// All checkpoints can be read, and the newest is at most an interval behind what was trained.
@@ -199,12 +252,20 @@ fn check_state(project: &Project) {
     for name in project.checkpoints() {
         if name.starts_with("step-") {
             let loaded = checkpoint::read(&project.path("out/checkpoints").join(&name));
-            newest = newest.max(loaded.unwrap_or_else(|error| panic!("{name}: {error}")).state.step);
+            newest = newest.max(
+                loaded
+                    .unwrap_or_else(|error| panic!("{name}: {error}"))
+                    .state
+                    .step,
+            );
         }
     }
     let metrics = fs_err::read_to_string(project.path("out/metrics.jsonl")).unwrap_or_default();
     let trained = metrics.lines().count() as u64;
-    assert!(newest + SAVE_STEPS >= trained, "trained {trained}, saved {newest}");
+    assert!(
+        newest + SAVE_STEPS >= trained,
+        "trained {trained}, saved {newest}"
+    );
 }
 
 #[test]
@@ -225,8 +286,14 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_used() {
         let output = project.run("train", &[]);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{text}");
-        assert!(text.contains("warning: checkpoint step-8 is damaged and not used:"), "{text}");
-        assert!(text.contains("going on from the one before it, step-6"), "{text}");
+        assert!(
+            text.contains("warning: checkpoint step-8 is damaged and not used:"),
+            "{text}"
+        );
+        assert!(
+            text.contains("going on from the one before it, step-6"),
+            "{text}"
+        );
         assert!(project.path("out/checkpoints/unused-step-8").is_dir());
         assert!(result(&project) == expected, "{file}");
     }

@@ -35,10 +35,8 @@ impl TrainConfig {
             });
         }
         let text = String::from_utf8(fs_err::read(path)?).map_err(|error| {
-            let line = 1 + error.as_bytes()[..error.utf8_error().valid_up_to()]
-                .iter()
-                .filter(|byte| **byte == b'\n')
-                .count();
+            let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let line = valid.split(|byte| *byte == b'\n').count();
             config_error(path, format!("line {line} is not UTF-8; save it as UTF-8"))
         })?;
         Self::from_yaml(&text, path, sets)
@@ -58,7 +56,7 @@ impl TrainConfig {
         let mut entries = match value {
             Value::Object(entries) => entries,
             Value::Null => Map::new(),
-            other => {
+            other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
                 let reason = format!(
                     "holds {}, expected a mapping of `key: value`",
                     shown(&other)
@@ -86,10 +84,11 @@ impl TrainConfig {
         let value = serde_json::to_value(self)
             .map_err(|error| config_error(Path::new("paths"), error.to_string()))?;
         // A JSON value is a YAML value.
-        let lines = value.as_object().into_iter().flatten();
-        Ok(lines
-            .map(|(key, value)| format!("{key}: {value}\n"))
-            .collect())
+        let mut text = String::new();
+        for (key, value) in value.as_object().into_iter().flatten() {
+            text.push_str(&format!("{key}: {value}\n"));
+        }
+        Ok(text)
     }
 }
 
@@ -291,7 +290,7 @@ fn dataset(item: &Value) -> Result<DatasetSource, String> {
             return Ok(DatasetSource { path, kind });
         }
         Value::Object(fields) => fields,
-        other => {
+        other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_)) => {
             return Err(format!(
                 "is {}, expected `{{path: data.jsonl}}`",
                 shown(other)
@@ -340,8 +339,7 @@ fn device(reader: &mut Reader) -> Device {
 fn resume(reader: &mut Reader) -> Resume {
     let value = reader.take("resume_from_checkpoint");
     match value {
-        None => Resume::Auto,
-        Some(Value::Bool(true)) => Resume::Auto,
+        None | Some(Value::Bool(true)) => Resume::Auto,
         Some(Value::Bool(false)) => Resume::Never,
         Some(Value::String(text)) => match text.as_str() {
             "auto" => Resume::Auto,

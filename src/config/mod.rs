@@ -12,6 +12,10 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 /// Everything a training run is told, validated; every field is documented with unit and default.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches, named as users know them"
+)]
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainConfig {
     /// Hub id or directory in Hugging Face layout (`config.json`, safetensors, `tokenizer.json`).
@@ -177,9 +181,9 @@ config_enum!(
 config_enum!(
     /// Optimizer.
     Optimizer {
-        /// AdamW with f32 states.
+        /// `AdamW` with f32 states.
         Adamw = "adamw",
-        /// AdamW with block-wise 8-bit states.
+        /// `AdamW` with block-wise 8-bit states.
         Adamw8bit = "adamw_8bit",
     }
 );

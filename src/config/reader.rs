@@ -81,9 +81,9 @@ impl Reader {
 
     /// Text.
     pub(super) fn text(&mut self, key: &'static str) -> Option<String> {
-        self.read(key, "a text", |value| match value {
-            Value::String(text) if !text.trim().is_empty() => Some(text.clone()),
-            _ => None,
+        self.read(key, "a text", |value| {
+            let text = value.as_str().filter(|text| !text.trim().is_empty());
+            text.map(str::to_owned)
         })
     }
 
@@ -136,15 +136,13 @@ impl Reader {
 
     /// A list of texts; one text, with commas or not, will do.
     pub(super) fn list(&mut self, key: &'static str) -> Option<Vec<String>> {
-        self.read(key, "a list of names", |value| match value {
-            Value::String(text) => {
-                Some(text.split(',').map(|part| part.trim().to_owned()).collect())
+        self.read(key, "a list of names", |value| {
+            if let Some(text) = value.as_str() {
+                let parts = text.split(',');
+                return Some(parts.map(|part| part.trim().to_owned()).collect());
             }
-            Value::Array(items) => items
-                .iter()
-                .map(|item| item.as_str().map(str::to_owned))
-                .collect(),
-            _ => None,
+            let names = value.as_array()?.iter().map(Value::as_str);
+            names.map(|name| name.map(str::to_owned)).collect()
         })
         .map(|mut names: Vec<String>| {
             if names.is_empty() || names.iter().any(String::is_empty) {
@@ -185,11 +183,8 @@ impl Reader {
 
 /// A number, also one that YAML took for text (`1e-4`).
 fn number(value: &Value) -> Option<f64> {
-    match value {
-        Value::Number(number) => number.as_f64(),
-        Value::String(text) => text.trim().parse().ok(),
-        _ => None,
-    }
+    let written = || value.as_str()?.trim().parse().ok();
+    value.as_f64().or_else(written)
 }
 
 /// A value as it stands in a message.

@@ -89,9 +89,8 @@ impl Date {
                 Some('a') => out.push_str(&weekday[..3]),
                 Some('F') => out.push_str(&format!("{year}-{month:02}-{day:02}")),
                 Some('H' | 'M' | 'S') => out.push_str("00"),
-                Some('%') => out.push('%'),
+                Some('%') | None => out.push('%'),
                 Some(other) => out.extend(['%', other]),
-                None => out.push('%'),
             }
         }
         out

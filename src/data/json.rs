@@ -77,10 +77,7 @@ fn document(text: &str) -> Option<Items> {
     let (mut line, mut position) = (1, 0);
     for (conversation, raw) in pairs {
         let offset = raw.get().as_ptr() as usize - text.as_ptr() as usize;
-        line += text.as_bytes()[position..offset]
-            .iter()
-            .filter(|byte| **byte == b'\n')
-            .count();
+        line += text[position..offset].matches('\n').count();
         position = offset;
         let value = serde_json::from_str(raw.get()).map_err(|error| format!("no JSON: {error}"));
         items.push(Item {

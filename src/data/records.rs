@@ -117,10 +117,6 @@ impl Records {
         Ok(())
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "an error of the file, a reason to skip, a header"
-    )]
     fn record(
         &mut self,
         path: &Path,

@@ -44,6 +44,13 @@ struct Thread {
     group: usize,
 }
 
+impl Thread {
+    fn source_of(&self, target: usize) -> (usize, usize) {
+        let found = self.targets.iter().find(|(index, _)| *index == target);
+        found.map_or((0, 0), |(_, source)| *source)
+    }
+}
+
 /// Why a conversation gave no sequence.
 enum Refusal {
     /// The template or a target says so.
@@ -300,7 +307,7 @@ impl ThreadUnits<'_> {
     fn add_windows(&mut self, thread: &Thread, targets: &[usize]) -> Result<()> {
         let mut next = 0;
         while let Some(first) = targets.get(next) {
-            let source = self.source_of(thread, *first);
+            let source = thread.source_of(*first);
             let (from, mut encoded) = match self.longest_context(thread, *first)? {
                 Ok(found) => found,
                 Err(reason) => {
@@ -314,7 +321,7 @@ impl ThreadUnits<'_> {
                 let longer = self.encode_from(thread, from, &targets[next..=end])?;
                 match longer {
                     Ok(longer) if longer.input_ids.len() <= self.rules.sequence_len => {
-                        encoded = longer
+                        encoded = longer;
                     }
                     _ => break,
                 }
@@ -323,7 +330,7 @@ impl ThreadUnits<'_> {
             if from > 0 {
                 let sources = targets[next..end]
                     .iter()
-                    .map(|target| self.source_of(thread, *target));
+                    .map(|target| thread.source_of(*target));
                 let sources: Vec<_> = sources.collect();
                 self.out.truncated.extend(sources);
             }
@@ -478,11 +485,6 @@ impl ThreadUnits<'_> {
             return Err(Refusal::Reason(reason));
         }
         Ok((whole.text, prefixes, spans))
-    }
-
-    fn source_of(&self, thread: &Thread, target: usize) -> (usize, usize) {
-        let found = thread.targets.iter().find(|(index, _)| *index == target);
-        found.map_or((0, 0), |(_, source)| *source)
     }
 
     fn skip(&mut self, source: (usize, usize), reason: String) {

@@ -225,7 +225,12 @@ fn write_json(out: &mut String, value: &serde_json::Value, indent: Option<usize>
             line(out, depth);
             out.push('}');
         }
-        other => out.push_str(&other.to_string()),
+        Json::Null
+        | Json::Bool(_)
+        | Json::Number(_)
+        | Json::String(_)
+        | Json::Array(_)
+        | Json::Object(_) => out.push_str(&value.to_string()),
     }
 }
 

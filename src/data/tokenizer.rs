@@ -97,17 +97,18 @@ impl Tokenizer {
                     tried: vec![path.to_owned()],
                 });
             }
-            None => match &self.template_source {
-                Some(source) => (source.clone(), self.dir.join("tokenizer_config.json")),
-                None => {
+            None => {
+                if let Some(source) = &self.template_source {
+                    (source.clone(), self.dir.join("tokenizer_config.json"))
+                } else {
                     let what = "chat template of the model (a base model has none; set `chat_template` to a \
-                                Jinja file, or to `chatml`)"
-                        .to_owned();
+                            Jinja file, or to `chatml`)"
+                    .to_owned();
                     let tried = ["tokenizer_config.json", "chat_template.jinja"];
                     let tried = tried.map(|name| self.dir.join(name)).to_vec();
                     return Err(Error::Missing { what, tried });
                 }
-            },
+            }
         };
         ChatTemplate::new(&source, &self.special_tokens, today)
             .map_err(|reason| Error::format(origin, format!("chat template: {reason}")))
@@ -175,14 +176,12 @@ fn special_tokens(config: &Value) -> Vec<(String, String)> {
 
 /// `chat_template`: a text, or a list of named ones of which `default` counts.
 fn template_of(config: &Value) -> Option<String> {
-    match config.get("chat_template")? {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|entry| entry["name"] == "default");
-            default.or_else(|| named.first())?["template"]
-                .as_str()
-                .map(str::to_owned)
-        }
-        _ => None,
+    let template = config.get("chat_template")?;
+    if let Some(text) = template.as_str() {
+        return Some(text.to_owned());
     }
+    let named = template.as_array()?;
+    let default = named.iter().find(|entry| entry["name"] == "default");
+    let text = default.or_else(|| named.first())?["template"].as_str();
+    text.map(str::to_owned)
 }

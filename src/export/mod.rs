@@ -67,19 +67,17 @@ impl Adapter<'_> {
 
 /// Little-endian bytes of `values` as `dtype`, rounded to nearest even.
 fn narrowed(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    match dtype {
-        Dtype::BF16 => values
-            .iter()
-            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-            .collect(),
-        Dtype::F16 => values
-            .iter()
-            .flat_map(|value| f16::from_f32(*value).to_le_bytes())
-            .collect(),
-        _ => values
+    if dtype == Dtype::BF16 {
+        let halves = values.iter().map(|value| bf16::from_f32(*value));
+        halves.flat_map(bf16::to_le_bytes).collect()
+    } else if dtype == Dtype::F16 {
+        let halves = values.iter().map(|value| f16::from_f32(*value));
+        halves.flat_map(f16::to_le_bytes).collect()
+    } else {
+        values
             .iter()
             .flat_map(|value| value.to_le_bytes())
-            .collect(),
+            .collect()
     }
 }
 

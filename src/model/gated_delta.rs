@@ -148,10 +148,6 @@ impl GatedDelta {
     ///
     /// # Errors
     /// Those of the ops.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "gradients, inputs, saved, temporaries"
-    )]
     pub fn backward(
         &self,
         pass: Pass<'_>,

@@ -103,10 +103,6 @@ impl Mlp {
     ///
     /// # Errors
     /// Those of the ops.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "gradients, inputs, saved, temporaries"
-    )]
     pub fn backward(
         &self,
         pass: Pass<'_>,

@@ -211,10 +211,6 @@ impl Moe {
     ///
     /// # Errors
     /// Those of the ops.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "gradients, inputs, saved, temporaries"
-    )]
     pub fn backward(
         &self,
         pass: Pass<'_>,

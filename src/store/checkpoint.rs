@@ -224,12 +224,13 @@ fn add_shard(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<()> {
 
 /// The element types that weights come in.
 pub fn float_dtype(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::BF16 => DType::Bf16,
-        Dtype::F16 => DType::F16,
-        _ => return None,
-    })
+    let pairs = [
+        (Dtype::F32, DType::F32),
+        (Dtype::BF16, DType::Bf16),
+        (Dtype::F16, DType::F16),
+    ];
+    let found = pairs.into_iter().find(|(theirs, _)| *theirs == dtype);
+    found.map(|(_, ours)| ours)
 }
 
 /// Little-endian elements of a floating point `dtype`, as f32.

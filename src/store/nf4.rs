@@ -38,7 +38,7 @@ pub const CODEBOOK: [f32; 16] = [
 
 /// A scaled weight above `MIDPOINTS[i]` gets a code above `i`. These are bitsandbytes' constants.
 const MIDPOINTS: [f32; 15] = [
-    -0.848_096_37,
+    -0.848_096_4,
     -0.610_632_9,
     -0.459_995_27,
     -0.339_679_42,

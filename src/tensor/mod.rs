@@ -198,7 +198,7 @@ impl Tensor {
         map: &Arc<Mmap>,
         bytes: Range<usize>,
     ) -> Option<Self> {
-        if (map.as_ptr().addr() + bytes.start) % dtype.size() != 0 {
+        if !(map.as_ptr().addr() + bytes.start).is_multiple_of(dtype.size()) {
             return None;
         }
         let storage = Storage::Mapped {
@@ -318,7 +318,11 @@ impl Tensor {
             Storage::Mapped { .. } if self.dtype == DType::F32 => {
                 Ok(bytemuck::cast_slice(self.mapped_bytes()))
             }
-            _ => Err(self.mismatch(DType::F32)),
+            Storage::U8(_)
+            | Storage::U32(_)
+            | Storage::I32(_)
+            | Storage::Mapped { .. }
+            | Storage::Planned => Err(self.mismatch(DType::F32)),
         }
     }
 
@@ -327,15 +331,15 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] if they are not owned `f32` in host memory.
     pub fn f32_mut(&mut self) -> Result<&mut [f32]> {
-        match &mut self.storage {
-            Storage::F32(values) => Ok(values),
-            _ => Err(Error::DType {
-                op: "tensor",
-                tensor: self.name.clone(),
-                found: self.dtype.name(),
-                expected: "owned f32",
-            }),
+        if let Storage::F32(values) = &mut self.storage {
+            return Ok(values);
         }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "owned f32",
+        })
     }
 
     /// Elements.
@@ -346,7 +350,11 @@ impl Tensor {
         match &self.storage {
             Storage::U8(values) => Ok(values),
             Storage::Mapped { .. } if self.dtype == DType::U8 => Ok(self.mapped_bytes()),
-            _ => Err(self.mismatch(DType::U8)),
+            Storage::F32(_)
+            | Storage::U32(_)
+            | Storage::I32(_)
+            | Storage::Mapped { .. }
+            | Storage::Planned => Err(self.mismatch(DType::U8)),
         }
     }
 
@@ -355,10 +363,10 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] if they are not `u32` in host memory.
     pub fn u32(&self) -> Result<&[u32]> {
-        match &self.storage {
-            Storage::U32(values) => Ok(values),
-            _ => Err(self.mismatch(DType::U32)),
-        }
+        let Storage::U32(values) = &self.storage else {
+            return Err(self.mismatch(DType::U32));
+        };
+        Ok(values)
     }
 
     /// Elements, to be written.
@@ -366,15 +374,15 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] if they are not `u32` in host memory.
     pub fn u32_mut(&mut self) -> Result<&mut [u32]> {
-        match &mut self.storage {
-            Storage::U32(values) => Ok(values),
-            _ => Err(Error::DType {
-                op: "tensor",
-                tensor: self.name.clone(),
-                found: self.dtype.name(),
-                expected: "u32",
-            }),
+        if let Storage::U32(values) = &mut self.storage {
+            return Ok(values);
         }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "u32",
+        })
     }
 
     /// Elements.
@@ -382,10 +390,10 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] if they are not `i32` in host memory.
     pub fn i32(&self) -> Result<&[i32]> {
-        match &self.storage {
-            Storage::I32(values) => Ok(values),
-            _ => Err(self.mismatch(DType::I32)),
-        }
+        let Storage::I32(values) = &self.storage else {
+            return Err(self.mismatch(DType::I32));
+        };
+        Ok(values)
     }
 
     /// Floating-point elements `range` widened to `f32` into `out`.
@@ -446,16 +454,17 @@ impl Tensor {
     }
 
     fn mapped_bytes(&self) -> &[u8] {
-        match &self.storage {
-            Storage::Mapped { map, bytes } => &map[bytes.clone()],
-            _ => &[],
-        }
+        let Storage::Mapped { map, bytes } = &self.storage else {
+            return &[];
+        };
+        &map[bytes.clone()]
     }
 
     fn mismatch(&self, expected: DType) -> Error {
-        let found = match &self.storage {
-            Storage::Planned => "planned (no memory)",
-            _ => self.dtype.name(),
+        let found = if matches!(self.storage, Storage::Planned) {
+            "planned (no memory)"
+        } else {
+            self.dtype.name()
         };
         let (op, tensor) = ("tensor", self.name.clone());
         Error::DType {

@@ -310,6 +310,7 @@ fn adapter_bytes(adapter: &AdapterState) -> Result<Vec<u8>> {
     safetensors::serialize(tensors, None).map_err(unwritable)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the signature of `map_err`")]
 fn unwritable(error: safetensors::SafeTensorError) -> Error {
     Error::format(ADAPTER, error.to_string())
 }

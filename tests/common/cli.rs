@@ -24,17 +24,27 @@ impl Project {
     pub(crate) fn golden(family: &str, settings: &str) -> Self {
         let text = fs_err::read_to_string(golden(&format!("golden/{family}/golden.json"))).unwrap();
         let json: Value = serde_json::from_str(&text).unwrap();
-        let rows = json["sequences"].as_array().unwrap().iter().zip(json["labels"].as_array().unwrap());
+        let rows = json["sequences"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(json["labels"].as_array().unwrap());
         let rows: Vec<String> = rows
             .map(|(ids, labels)| json!({"input_ids": ids, "labels": labels}).to_string())
             .collect();
         let settings = format!("micro_batch_size: {}\n{settings}", rows.len());
-        Self::new(&golden(&format!("models/{family}")), &rows.join("\n"), &settings)
+        Self::new(
+            &golden(&format!("models/{family}")),
+            &rows.join("\n"),
+            &settings,
+        )
     }
 
     /// A project on the model in `base` with the given data lines and settings.
     pub(crate) fn new(base: &Path, data: &str, settings: &str) -> Self {
-        let project = Self { dir: tempfile::tempdir().unwrap() };
+        let project = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
         fs_err::write(project.path("data.jsonl"), data).unwrap();
         let text = format!(
             "base_model: {:?}\ndatasets: [{{path: {:?}}}]\noutput_dir: {:?}\n{settings}",
@@ -53,8 +63,14 @@ impl Project {
     /// A command of the binary on this project's config.
     pub(crate) fn command(&self, command: &str, arguments: &[&str]) -> Command {
         let mut process = Command::new(env!("CARGO_BIN_EXE_brightrun"));
-        process.arg(command).arg(self.path("train.yml")).args(arguments);
-        process.env("RAYON_NUM_THREADS", "2").env_remove("HF_HOME").env_remove("HF_HUB_CACHE");
+        process
+            .arg(command)
+            .arg(self.path("train.yml"))
+            .args(arguments);
+        process
+            .env("RAYON_NUM_THREADS", "2")
+            .env_remove("HF_HOME")
+            .env_remove("HF_HUB_CACHE");
         process
     }
 
@@ -67,7 +83,11 @@ impl Project {
     pub(crate) fn succeed(&self, command: &str, arguments: &[&str]) -> String {
         let output = self.run(command, arguments);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{text}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         text
     }
 
@@ -84,7 +104,9 @@ impl Project {
     /// The lines of `metrics.jsonl`.
     pub(crate) fn metrics(&self) -> Vec<Value> {
         let text = fs_err::read_to_string(self.path("out/metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     }
 
     /// Loss, gradient norm and learning rate of each step, as written.
@@ -92,7 +114,12 @@ impl Project {
         let number = |line: &Value, key: &str| line[key].as_f64().unwrap();
         let of = |line: &Value| {
             let step = line["step"].as_u64().unwrap();
-            (step, number(line, "loss"), number(line, "grad_norm"), number(line, "learning_rate"))
+            (
+                step,
+                number(line, "loss"),
+                number(line, "grad_norm"),
+                number(line, "learning_rate"),
+            )
         };
         self.metrics().iter().map(of).collect()
     }
@@ -103,7 +130,9 @@ impl Project {
 
     /// Names of the checkpoints, sorted.
     pub(crate) fn checkpoints(&self) -> Vec<String> {
-        let entries = fs_err::read_dir(self.path("out/checkpoints")).into_iter().flatten();
+        let entries = fs_err::read_dir(self.path("out/checkpoints"))
+            .into_iter()
+            .flatten();
         let mut names: Vec<String> = entries
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
             .collect();

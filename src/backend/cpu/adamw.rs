@@ -1,4 +1,4 @@
-//! AdamW over the flat arena (Loshchilov and Hutter 2019), as PyTorch computes it, with global-norm clipping.
+//! `AdamW` over the flat arena (Loshchilov and Hutter 2019), as `PyTorch` computes it, with global-norm clipping.
 
 use rayon::prelude::*;
 

@@ -107,7 +107,6 @@ fn scatter(out: &mut [f32], part: &[f32], sequence: &Range<usize>, first: usize,
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn forward(
     cpu: &Cpu,
     o: &mut Tensor,
@@ -331,7 +330,6 @@ pub(super) fn gate_forward(
     Ok(())
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn gate_backward(
     cpu: &Cpu,
     d_o: &mut Tensor,

@@ -1,4 +1,4 @@
-//! What Gated DeltaNet does before the recurrence: the causal convolution with SiLU, and the gates g and beta.
+//! What Gated DeltaNet does before the recurrence: the causal convolution with `SiLU`, and the gates g and beta.
 
 use rayon::prelude::*;
 
@@ -15,7 +15,7 @@ fn margins(state: &StepState) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// Convolution output before SiLU of channel `channel` (column `column` of `qkvz`) at token `t`.
+/// Convolution output before `SiLU` of channel `channel` (column `column` of `qkvz`) at token `t`.
 fn convolve(
     qkvz: &[f32],
     taps: &[f32],
@@ -116,7 +116,6 @@ fn softplus(x: f32) -> f32 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn gates_forward(
     cpu: &Cpu,
     g: &mut Tensor,

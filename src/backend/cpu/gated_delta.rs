@@ -178,12 +178,12 @@ impl<'a> Chunk<'a> {
         matmul(MatMut::dense(&mut lower, c, c), k, k.t(), 1.0, 0.0);
         let mut scores = vec![0.0; c * c];
         matmul(MatMut::dense(&mut scores, c, c), q, k.t(), 1.0, 0.0);
-        for i in 0..c {
+        for (i, beta) in beta.iter().enumerate() {
             for j in 0..c {
                 let at = i * c + j;
                 scores[at] *= decay[at];
                 lower[at] = if j < i {
-                    lower[at] * decay[at] * beta[i]
+                    lower[at] * decay[at] * beta
                 } else {
                     0.0
                 };

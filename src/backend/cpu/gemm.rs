@@ -87,6 +87,10 @@ fn check(len: usize, rows: usize, cols: usize, stride: usize) {
 }
 
 /// `out = beta out + alpha a b`.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the views are made at the call"
+)]
 pub(crate) fn matmul(out: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, alpha: f32, beta: f32) {
     assert!(
         a.rows == out.rows && b.cols == out.cols && a.cols == b.rows,

@@ -52,6 +52,11 @@ impl<'a> Lora<'a> {
     fn mask(&self, x: &mut [f32], dropout: DropoutState, token: impl Fn(usize) -> u32) {
         let keep_scale = 1.0 / (1.0 - self.pair.dropout);
         // 2^32 p, as a threshold on 32 random bits.
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a probability times 2^32"
+        )]
         let threshold = (f64::from(self.pair.dropout) * 4_294_967_296.0) as u64;
         for (index, row) in x.chunks_mut(self.pair.in_features).enumerate() {
             let token = token(index);
@@ -104,6 +109,10 @@ impl<'a> Lora<'a> {
     }
 
     /// `d_a += d_xa^T dropped` and `d_b += s d_out^T xa`, over `m` rows, in parallel over blocks of columns.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "the views are made at the call"
+    )]
     pub(super) fn grads(&self, grads: LoraGrads<'_>, rows: LoraRows<'_>) {
         let LoraPair {
             rank,

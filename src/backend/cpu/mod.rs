@@ -2,6 +2,10 @@
 //!
 //! The default where no GPU is there, and the reference that GPU kernels are compared with. One file per op family;
 //! this one holds what they share and the list that maps [`Ops`] onto them.
+#![expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "methods of `Cpu` take `&self`, as `Ops` does"
+)]
 
 mod adamw;
 mod attention;

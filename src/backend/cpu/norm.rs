@@ -105,7 +105,6 @@ pub(super) fn add_forward(
     forward(cpu, out, rstd, sum, weight, spec, state)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn backward(
     cpu: &Cpu,
     d_x: GradOut<'_>,
@@ -139,7 +138,6 @@ pub(super) fn backward(
     Ok(())
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn gated_forward(
     cpu: &Cpu,
     y: &mut Tensor,

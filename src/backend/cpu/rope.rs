@@ -1,4 +1,4 @@
-//! q/k norm per head and rotary embedding (NeoX halves: dimension `i` pairs with `i + rotary_dim / 2`).
+//! q/k norm per head and rotary embedding (`NeoX` halves: dimension `i` pairs with `i + rotary_dim / 2`).
 
 use rayon::prelude::*;
 

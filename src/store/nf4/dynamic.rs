@@ -77,7 +77,7 @@ const fn code() -> [f32; 256] {
         let mut part = 0;
         while part < num_parts {
             let (low, high) = (border(part, num_parts), border(part + 1, num_parts));
-            let value = DECADE[exponent] * ((low + high) / 2.0);
+            let value = DECADE[exponent] * f32::midpoint(low, high);
             let rank = num_parts - 1 + part;
             code[128 + rank] = value;
             code[126 - rank] = -value;
@@ -91,7 +91,6 @@ const fn code() -> [f32; 256] {
 /// Border `index` of `num_parts` equal parts of `[0.1, 1]`, counted from the nearer end with one rounding.
 #[expect(
     clippy::cast_possible_truncation,
-    clippy::cast_lossless,
     reason = "the rounding is wanted; `From` is not const"
 )]
 const fn border(index: usize, num_parts: usize) -> f32 {
