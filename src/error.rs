@@ -60,7 +60,7 @@ pub enum Error {
         reason: String,
     },
     /// A file or directory that must exist does not.
-    #[error("{what} not found: {}", tried.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
+    #[error("{what} not found; tried {}", tried.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
     Missing {
         /// What was looked for.
         what: String,

@@ -402,5 +402,5 @@ fn says_so_where_the_file_is_missing_or_no_json() {
     let error = ModelConfig::from_file("absent/config.json")
         .unwrap_err()
         .to_string();
-    assert_eq!(error, "model config not found: absent/config.json");
+    assert_eq!(error, "model config not found; tried absent/config.json");
 }

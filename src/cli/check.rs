@@ -14,12 +14,14 @@ pub(super) fn run(arguments: &ConfigArguments) -> Result<ExitCode> {
     let prepared = Prepared::new(&config, &Env::read())?;
     let model = &prepared.model;
     let mut text = format!(
-        "model          {}, {} layers, hidden size {}, {:.1} MB as stored\n\
+        "model          {}, {} layers, hidden size {}, {:.1} MB on disk\n\
+         base weights   {}\n\
          adapter        {} parameters in {} modules\n",
         model.model_type,
         model.layers.len(),
         model.hidden_size,
         prepared.weights.num_bytes() as f64 / 1e6,
+        prepared.counts,
         prepared.layout.num_parameters(),
         prepared.layout.modules().len(),
     );

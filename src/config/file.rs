@@ -50,7 +50,7 @@ impl TrainConfig {
         let value: Value = serde_saphyr::from_str(text).map_err(|error| {
             config_error(
                 origin,
-                format!("is no YAML mapping: {}", first_line(&error)),
+                format!("cannot be read as YAML: {}", first_line(&error)),
             )
         })?;
         let mut entries = match value {
@@ -99,9 +99,14 @@ fn config_error(origin: &Path, reason: String) -> Error {
     }
 }
 
+/// The library's message without its second half, which speaks of the library's own options.
 fn first_line(error: &serde_saphyr::Error) -> String {
     let text = error.to_string();
-    text.lines().next().unwrap_or_default().to_owned()
+    let line = text.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    let end = [", set ", " rejected by the configured"].map(|tail| line.find(tail));
+    let end = end.into_iter().flatten().min().unwrap_or(line.len());
+    line[..end].to_owned()
 }
 
 fn parse_set(set: &str) -> Result<(String, Value)> {

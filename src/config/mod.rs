@@ -62,9 +62,9 @@ pub struct TrainConfig {
     pub micro_batch_size: usize,
     /// Micro-batches in an optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
-    /// Passes over the data. Default 3.
+    /// Passes over the data. Default 3. Not used when `max_steps` is set.
     pub num_epochs: usize,
-    /// Stop after this many optimizer steps; `null`: run all epochs.
+    /// Run exactly this many optimizer steps, over as many epochs as they take; `null`: `num_epochs` epochs.
     pub max_steps: Option<usize>,
     /// Shuffle each epoch. Default true.
     pub shuffle: bool,

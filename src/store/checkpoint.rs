@@ -116,8 +116,26 @@ impl Checkpoint {
     /// A view of tensor `name`; a copy, widened to f32, where the file has it misaligned.
     ///
     /// # Errors
-    /// [`Error::Format`] if it is absent (naming the closest names there are) or has another shape.
+    /// As [`Self::planned`].
     pub fn tensor(&self, name: &str, expected_shape: &[usize]) -> Result<Tensor> {
+        let entry = self.entry(name, expected_shape)?;
+        let (shape, dtype, map, bytes) = (&entry.shape, entry.dtype, &entry.map, &entry.bytes);
+        match Tensor::mapped(name, shape, dtype, map, bytes.clone()) {
+            Some(tensor) => Ok(tensor),
+            None => Tensor::from_f32(name, shape, widen_bytes(dtype, &map[bytes.clone()])),
+        }
+    }
+
+    /// Tensor `name` without its elements.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it is absent (naming the closest names there are) or has another shape.
+    pub fn planned(&self, name: &str, expected_shape: &[usize]) -> Result<Tensor> {
+        let entry = self.entry(name, expected_shape)?;
+        Ok(Tensor::planned(name, expected_shape, entry.dtype))
+    }
+
+    fn entry(&self, name: &str, expected_shape: &[usize]) -> Result<&Entry> {
         let entry = self.tensors.get(name).ok_or_else(|| self.absent(name))?;
         if entry.shape != expected_shape {
             let reason = format!(
@@ -126,17 +144,7 @@ impl Checkpoint {
             );
             return Err(Error::format(&*entry.path, reason));
         }
-        let Entry {
-            map,
-            dtype,
-            shape,
-            bytes,
-            ..
-        } = entry;
-        match Tensor::mapped(name, shape, *dtype, map, bytes.clone()) {
-            Some(tensor) => Ok(tensor),
-            None => Tensor::from_f32(name, shape, widen_bytes(*dtype, &map[bytes.clone()])),
-        }
+        Ok(entry)
     }
 
     fn absent(&self, name: &str) -> Error {

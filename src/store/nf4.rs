@@ -182,15 +182,8 @@ impl Nf4Matrix {
 
     /// Bytes of codes and scales.
     pub fn num_bytes(&self) -> usize {
-        let absmax = match &self.absmax {
-            Absmax::Plain(absmax) => absmax.num_bytes(),
-            Absmax::Nested {
-                codes,
-                nested_absmax,
-                offset,
-            } => codes.num_bytes() + nested_absmax.num_bytes() + size_of_val(offset),
-        };
-        self.codes.num_bytes() + absmax
+        let double_quant = matches!(self.absmax, Absmax::Nested { .. });
+        num_bytes(self.out_features * self.in_features, double_quant)
     }
 
     /// Borrows codes and scales for dequantising.
@@ -326,6 +319,18 @@ impl Nf4View<'_> {
             *high = PAIRS[usize::from(*byte)][0] * absmax;
         }
     }
+}
+
+/// Bytes of codes and scales of a matrix of `len` elements.
+pub fn num_bytes(len: usize, double_quant: bool) -> usize {
+    let num_blocks = len.div_ceil(BLOCKSIZE);
+    let absmax = if double_quant {
+        // One byte a block, one f32 per nested block, the offset.
+        num_blocks + 4 * num_blocks.div_ceil(dynamic::BLOCKSIZE) + 4
+    } else {
+        4 * num_blocks
+    };
+    len.div_ceil(2) + absmax
 }
 
 fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {

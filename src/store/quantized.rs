@@ -1,10 +1,13 @@
 //! Weights as the run holds them: NF4 or as stored, decided by module name, and counted.
 
+use std::collections::BTreeSet;
+use std::fmt;
+
 use crate::config::{AdapterKind, TrainConfig};
 use crate::error::{Error, Result};
 use crate::store::Weight;
 use crate::store::checkpoint::Checkpoint;
-use crate::store::nf4::Nf4Matrix;
+use crate::store::nf4::{self, Nf4Matrix};
 use crate::tensor::{DType, Tensor};
 
 /// Modules that become NF4 unless `quantize_modules` says otherwise. What is not here stays as stored: routers and
@@ -92,13 +95,30 @@ pub struct WeightCounts {
     pub dense_bytes: usize,
 }
 
+impl fmt::Display for WeightCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = |bytes: usize| bytes as f64 / 1e6;
+        write!(
+            f,
+            "{} matrices in 4 bits ({:.1} MB), {} tensors as stored ({:.1} MB)",
+            self.num_nf4,
+            megabytes(self.nf4_bytes),
+            self.num_dense,
+            megabytes(self.dense_bytes)
+        )
+    }
+}
+
 /// Hands out the weights of a checkpoint, quantising on the way. Nothing is held twice: a dense weight is a view of the
 /// mapped file, and of a quantised one only codes and scales stay.
 #[derive(Debug)]
 pub struct QuantizedStore {
     checkpoint: Checkpoint,
     policy: QuantizePolicy,
+    /// Check and count only: what is handed out has a shape and no elements.
+    is_survey: bool,
     matched: Vec<bool>,
+    asked: BTreeSet<String>,
     counts: WeightCounts,
 }
 
@@ -109,8 +129,27 @@ impl QuantizedStore {
         Self {
             checkpoint,
             policy,
+            is_survey: false,
             matched,
+            asked: BTreeSet::new(),
             counts: WeightCounts::default(),
+        }
+    }
+
+    /// The same, without reading a weight: names, shapes and policy are checked, weights counted.
+    pub fn survey(checkpoint: Checkpoint, policy: QuantizePolicy) -> Self {
+        Self {
+            is_survey: true,
+            ..Self::new(checkpoint, policy)
+        }
+    }
+
+    fn stored(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.asked.insert(name.to_owned());
+        if self.is_survey {
+            self.checkpoint.planned(name, shape)
+        } else {
+            self.checkpoint.tensor(name, shape)
         }
     }
 
@@ -124,7 +163,7 @@ impl QuantizedStore {
         out_features: usize,
         in_features: usize,
     ) -> Result<Weight> {
-        let tensor = self.checkpoint.tensor(name, &[out_features, in_features])?;
+        let tensor = self.stored(name, &[out_features, in_features])?;
         self.hold(name, tensor)
     }
 
@@ -133,9 +172,12 @@ impl QuantizedStore {
     /// # Errors
     /// Those of [`Checkpoint::tensor`].
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = self.checkpoint.tensor(name, shape)?;
+        let tensor = self.stored(name, shape)?;
         self.counts.num_dense += 1;
         self.counts.dense_bytes += tensor.len() * DType::F32.size();
+        if self.is_survey {
+            return Ok(Tensor::planned(name, shape, DType::F32));
+        }
         Tensor::from_f32(name, shape, tensor.to_f32_vec()?)
     }
 
@@ -156,14 +198,10 @@ impl QuantizedStore {
         let (mut gate, mut up, mut down) = (Vec::new(), Vec::new(), Vec::new());
         let fused = format!("{prefix}.gate_up_proj");
         if self.checkpoint.contains(&fused) {
-            let gate_up = self
-                .checkpoint
-                .tensor(&fused, &[num_experts, 2 * width, hidden])?;
+            let gate_up = self.stored(&fused, &[num_experts, 2 * width, hidden])?;
             let gate_up = gate_up.reshaped(&[num_experts * 2 * width, hidden])?;
             let downs = format!("{prefix}.down_proj");
-            let downs = self
-                .checkpoint
-                .tensor(&downs, &[num_experts, hidden, width])?;
+            let downs = self.stored(&downs, &[num_experts, hidden, width])?;
             let downs = downs.reshaped(&[num_experts * hidden, width])?;
             for expert in 0..num_experts {
                 let name = |projection: &str| format!("{prefix}.{expert}.{projection}.weight");
@@ -201,17 +239,35 @@ impl QuantizedStore {
             ));
         }
         self.matched[entry] = true;
-        let matrix = Nf4Matrix::from_tensor(&tensor, self.policy.double_quant)?;
         self.counts.num_nf4 += 1;
-        self.counts.nf4_bytes += matrix.num_bytes();
+        self.counts.nf4_bytes += nf4::num_bytes(tensor.len(), self.policy.double_quant);
+        if self.is_survey {
+            return Ok(Weight::Dense(tensor));
+        }
+        let matrix = Nf4Matrix::from_tensor(&tensor, self.policy.double_quant)?;
         Ok(Weight::Nf4(matrix))
     }
 
-    /// Checks, once the model is loaded, that every module the user named for NF4 was found.
+    /// Checks, once the model is loaded, that every module the user named for NF4 was found, and that the model used every
+    /// tensor of the checkpoint: one it does not know is a feature it would silently leave out.
     ///
     /// # Errors
-    /// [`Error::Config`] naming an entry of `quantize_modules` that matched nothing.
+    /// [`Error::Config`] naming an entry of `quantize_modules` that matched nothing; [`Error::Unsupported`] naming a tensor.
     pub fn verify(&self) -> Result<()> {
+        let is_unused = |name: &&str| !self.asked.contains(*name) && !is_harmless(name);
+        let unused: Vec<&str> = self.checkpoint.names().filter(is_unused).collect();
+        if let [first, rest @ ..] = &unused[..] {
+            let others = match rest.len() {
+                0 => String::new(),
+                count => format!(" (and {count} more)"),
+            };
+            return Err(Error::Unsupported {
+                what: format!("tensor `{first}`{others} of the checkpoint"),
+                why: "the model that config.json describes has no use for it; training without it would give \
+                      other results"
+                    .to_owned(),
+            });
+        }
         let unmatched = self.matched.iter().position(|matched| !matched);
         match unmatched.filter(|_| self.policy.named) {
             Some(entry) => Err(policy_error(
@@ -226,6 +282,11 @@ impl QuantizedStore {
     pub fn counts(&self) -> WeightCounts {
         self.counts
     }
+}
+
+/// Tensors that change nothing: a copy of the tied head, rotary tables, which are computed.
+fn is_harmless(name: &str) -> bool {
+    name == "lm_head.weight" || name.ends_with(".rotary_emb.inv_freq")
 }
 
 fn policy_error(entry: &str, reason: &str) -> Error {

@@ -296,7 +296,8 @@ impl Tensor {
             Storage::F32(values) => {
                 Storage::F32(values[range.start * inner..range.end * inner].to_vec())
             }
-            Storage::U8(_) | Storage::U32(_) | Storage::I32(_) | Storage::Planned => {
+            Storage::Planned => Storage::Planned,
+            Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
                 return Err(self.mismatch(DType::F32));
             }
         };

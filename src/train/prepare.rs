@@ -9,10 +9,12 @@ use crate::data::calendar::Date;
 use crate::data::pack::Packing;
 use crate::data::{Dataset, Unit};
 use crate::error::{Error, Result};
+use crate::export::adapter;
 use crate::model::adapter::{AdapterLayout, AdapterSettings};
 use crate::model::weights;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::locate::locate;
+use crate::store::quantized::{QuantizePolicy, QuantizedStore, WeightCounts};
 
 /// Settings that may change between a run and its resumption: they do not change what is computed.
 const FREE_SETTINGS: [&str; 11] = [
@@ -38,6 +40,8 @@ pub struct Prepared {
     pub model: ModelConfig,
     /// Weights of the base model, opened but not read.
     pub weights: Checkpoint,
+    /// How they will be held.
+    pub counts: WeightCounts,
     /// Modules that get an adapter.
     pub layout: AdapterLayout,
     /// Tokenised data.
@@ -66,9 +70,16 @@ impl Prepared {
     pub fn new(config: &TrainConfig, env: &Env) -> Result<Self> {
         let model_dir = locate(&config.base_model, env)?;
         let model = ModelConfig::from_file(model_dir.join("config.json"))?;
-        let layout = weights::adapter_layout(&model, AdapterSettings::new(config))?;
         let weights = Checkpoint::open(&model_dir)?;
+        let policy = QuantizePolicy::new(config);
+        let mut survey = QuantizedStore::survey(weights.clone(), policy);
+        let layout = weights::load(&model, &mut survey, AdapterSettings::new(config), 1)?.adapter;
+        survey.verify()?;
         let (resume, mut warnings) = find_resume(config)?;
+        if let (Some(dir), None) = (&config.init_adapter, &resume) {
+            // Read again once the trainer has its buffers; here, so that a bad one is refused first.
+            adapter::read(dir, &layout, &mut vec![0.0; layout.len()])?;
+        }
         // A resumed run tells templates the date it began with: the tokens stay the same.
         let date = match &resume {
             Some(loaded) => Date::from_days(loaded.state.date_days),
@@ -100,6 +111,7 @@ impl Prepared {
             model_dir,
             model,
             weights,
+            counts: survey.counts(),
             layout,
             data,
             packing,

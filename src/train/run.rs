@@ -92,14 +92,7 @@ fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) 
     let positions = prepared.num_positions();
     let decoder = weights::load(&prepared.model, &mut store, settings, positions)?;
     store.verify()?;
-    let counts = store.counts();
-    let text = format!(
-        "base weights: {} matrices in 4 bits ({}), {} tensors as stored ({})",
-        counts.num_nf4,
-        megabytes(counts.nf4_bytes),
-        counts.num_dense,
-        megabytes(counts.dense_bytes)
-    );
+    let text = format!("base weights: {}", store.counts());
     observer.event(&Event::Note { text });
     let text = format!(
         "adapter: {} parameters in {} modules",

@@ -3,12 +3,15 @@
 
 pub(crate) mod cli;
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use brightrun::data::Batch;
 use brightrun::ops::StepState;
 use brightrun::tensor::{DType, Tensor};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 
 /// A file below `tests/golden`.
 pub(crate) fn golden(path: &str) -> PathBuf {
@@ -124,6 +127,12 @@ impl Golden {
         }
     }
 
+    /// Entry `key` of the file's metadata.
+    pub(crate) fn metadata(&self, key: &str) -> String {
+        let (_, header) = SafeTensors::read_metadata(&self.bytes).unwrap();
+        header.metadata().as_ref().unwrap()[key].clone()
+    }
+
     /// As a tensor of shape `shape`.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Tensor {
         Tensor::from_f32(name, shape, self.values(name)).unwrap()
@@ -225,4 +234,40 @@ pub(crate) fn assert_backward(found: &[f32], expected: &[f32], limit: f64, what:
         diff <= limit,
         "{what}: relative L2 {diff:e}, limit {limit:e}"
     );
+}
+
+/// A tensor of a file being rewritten.
+pub(crate) type Raw = (Dtype, Vec<usize>, Vec<u8>);
+
+/// A copy of golden model `family` in `dir`.
+pub(crate) fn copy_model(family: &str, dir: &Path) {
+    fs_err::create_dir_all(dir).unwrap();
+    for entry in fs_err::read_dir(golden(&format!("models/{family}"))).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+/// Changes the tensors of a safetensors file.
+pub(crate) fn rewrite(path: &Path, change: impl FnOnce(&mut BTreeMap<String, Raw>)) {
+    let bytes = fs_err::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let raw = |view: TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+    let mut tensors: BTreeMap<String, Raw> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, raw(view)))
+        .collect();
+    change(&mut tensors);
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    fs_err::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// Changes a JSON file.
+pub(crate) fn rewrite_json(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut value: Value = serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap();
+    change(&mut value);
+    fs_err::write(path, value.to_string()).unwrap();
 }
