@@ -57,7 +57,9 @@ pub(super) fn run(arguments: &ExportArguments) -> Result<ExitCode> {
     match arguments.format {
         Format::Peft => write(PeftVersion::Transformers4)?,
         Format::Peft5 => write(PeftVersion::Transformers5)?,
-        Format::Merged => merged::write(&output, &model_dir, &trained, template.as_deref())?,
+        Format::Merged => {
+            merged::write(&files, &output, &model_dir, &trained, template.as_deref())?;
+        }
     }
     print(&format!("wrote {} from {source}\n", output.display()));
     Ok(ExitCode::SUCCESS)

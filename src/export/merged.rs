@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use fs_err as fs;
 use safetensors::tensor::TensorView;
@@ -13,8 +13,10 @@ use safetensors::{Dtype, SafeTensors, View};
 
 use super::{Adapter, narrowed};
 use crate::data::tokenizer::FILES as TOKENIZER_FILES;
+use crate::durable::Durable;
 use crate::error::{Error, Result};
 use crate::model::adapter::LoraModule;
+use crate::store::checkpoint::{Checkpoint, map_file};
 
 const OTHER_FILES: [&str; 3] = [
     "config.json",
@@ -27,6 +29,7 @@ const OTHER_FILES: [&str; 3] = [
 /// # Errors
 /// [`Error::Config`] if `dir` holds something; [`Error::Format`] for a base that changed; those of the file system.
 pub fn write(
+    files: &Durable,
     dir: &Path,
     model_dir: &Path,
     adapter: &Adapter<'_>,
@@ -44,7 +47,25 @@ pub fn write(
         dir.file_name().unwrap_or_default().to_string_lossy(),
         std::process::id()
     ));
-    fs::create_dir_all(&partial)?;
+    let written = fill(&partial, model_dir, adapter, chat_template);
+    let finished = written
+        .and_then(|()| files.sync_dir(&partial))
+        .and_then(|()| files.replace_dir(&partial, dir));
+    if finished.is_err() {
+        // A half of a model is of no use, and large.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    finished
+}
+
+/// Writes all files of the merged checkpoint into `out`.
+fn fill(
+    out: &Path,
+    model_dir: &Path,
+    adapter: &Adapter<'_>,
+    chat_template: Option<&str>,
+) -> Result<()> {
+    fs::create_dir_all(out)?;
     let modules: HashMap<&str, &LoraModule> = adapter
         .layout
         .modules()
@@ -52,8 +73,8 @@ pub fn write(
         .map(|module| (module.name.as_str(), module))
         .collect();
     let mut num_merged = 0;
-    for shard in shards(model_dir)? {
-        num_merged += merge_shard(&shard, &partial, adapter, &modules)?;
+    for shard in Checkpoint::open(model_dir)?.files() {
+        num_merged += merge_shard(shard, out, adapter, &modules)?;
     }
     if num_merged != modules.len() {
         let reason = format!(
@@ -65,30 +86,16 @@ pub fn write(
     for name in OTHER_FILES.iter().chain(&TOKENIZER_FILES) {
         let source = model_dir.join(name);
         if source.is_file() {
-            fs::copy(source, partial.join(name))?;
+            fs::copy(source, out.join(name))?;
         }
     }
     if let Some(template) = chat_template {
-        fs::write(partial.join("chat_template.jinja"), template)?;
+        fs::write(out.join("chat_template.jinja"), template)?;
     }
-    if dir.is_dir() {
-        fs::remove_dir(dir)?;
+    for entry in fs::read_dir(out)? {
+        fs::File::open(entry?.path())?.sync_all()?;
     }
-    fs::rename(&partial, dir)?;
     Ok(())
-}
-
-/// The safetensors files of a checkpoint.
-fn shards(model_dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut paths: Vec<PathBuf> = fs::read_dir(model_dir)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "safetensors")
-        })
-        .collect();
-    paths.sort();
-    Ok(paths)
 }
 
 /// Copies a shard, its merged matrices replaced; how many those were.
@@ -98,7 +105,7 @@ fn merge_shard(
     adapter: &Adapter<'_>,
     modules: &HashMap<&str, &LoraModule>,
 ) -> Result<usize> {
-    let map = crate::store::checkpoint::map_file(path)?;
+    let map = map_file(path)?;
     let malformed = |error: safetensors::SafeTensorError| Error::format(path, error.to_string());
     let (_, metadata) = SafeTensors::read_metadata(&map).map_err(malformed)?;
     let tensors = SafeTensors::deserialize(&map).map_err(malformed)?;

@@ -93,6 +93,14 @@ impl Checkpoint {
         &self.dir
     }
 
+    /// The safetensors files it consists of, sorted.
+    pub fn files(&self) -> Vec<&Path> {
+        let mut files: Vec<&Path> = self.tensors.values().map(|entry| &*entry.path).collect();
+        files.sort_unstable();
+        files.dedup();
+        files
+    }
+
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
