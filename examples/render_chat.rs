@@ -31,15 +31,14 @@ fn main() -> Result<()> {
 }
 
 fn render(tokenizer: &Tokenizer, template: &ChatTemplate, input: &Value) -> Result<Value> {
-    let text = match input["text"].as_str() {
-        Some(text) => text.to_owned(),
-        None => {
-            let prompt = input["add_generation_prompt"].as_bool().unwrap_or(false);
-            template
-                .render(&messages(input)?, prompt)
-                .map_err(anyhow::Error::msg)?
-                .text
-        }
+    let text = if let Some(text) = input["text"].as_str() {
+        text.to_owned()
+    } else {
+        let prompt = input["add_generation_prompt"].as_bool().unwrap_or(false);
+        template
+            .render(&messages(input)?, prompt)
+            .map_err(anyhow::Error::msg)?
+            .text
     };
     let ids = tokenizer.encode(&text, false)?.ids;
     let merges_system = template.merges_system();

@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fs_err as fs;
 
@@ -24,11 +24,6 @@ impl Durable {
             kill_at,
             count: Cell::new(0),
         }
-    }
-
-    /// Operations so far.
-    pub fn count(&self) -> u64 {
-        self.count.get()
     }
 
     fn step(&self) {
@@ -63,7 +58,7 @@ impl Durable {
     /// # Errors
     /// Those of the file system.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let partial = path.with_extension(format!("{}.partial", std::process::id()));
+        let partial = partial_of(path);
         self.write(&partial, bytes)?;
         self.rename(&partial, path)
     }
@@ -130,15 +125,55 @@ impl Durable {
         Ok(())
     }
 
-    /// Removes a directory and what is in it.
+    /// Removes a directory and what is in it. It gives up its name first, so that no half of it is taken for the whole.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn remove_dir(&self, path: &Path) -> Result<()> {
         self.step();
-        fs::remove_dir_all(path)?;
+        let aside = partial_of(path);
+        fs::rename(path, &aside)?;
+        self.step();
+        fs::remove_dir_all(aside)?;
         Ok(())
     }
+
+    /// Removes what processes that are gone left half-written in `dir` (see [`partial_of`]).
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_partials(&self, dir: &Path) -> Result<()> {
+        for entry in fs::read_dir(dir).into_iter().flatten() {
+            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+            if !name.to_str().is_some_and(is_abandoned) {
+                continue;
+            }
+            if path.is_dir() {
+                self.remove_dir(&path)?;
+            } else {
+                self.step();
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the new contents of `path` are written before they take its place: `.<name>.<process>.partial` beside it.
+pub fn partial_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.partial", std::process::id()))
+}
+
+/// Whether `name` is that of a partial file and nobody is writing it.
+fn is_abandoned(name: &str) -> bool {
+    let writer = name.strip_suffix(".partial");
+    let writer = writer.and_then(|rest| rest.rsplit('.').next()?.parse().ok());
+    let Some(writer) = writer.and_then(rustix::process::Pid::from_raw) else {
+        return false;
+    };
+    // This process has not begun to write when it asks.
+    writer == rustix::process::getpid() || rustix::process::test_kill_process(writer).is_err()
 }
 
 /// Asks for the space of a file; file systems that cannot say are believed.

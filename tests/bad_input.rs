@@ -118,7 +118,7 @@ fn settings() {
         ),
     ];
     for (line, message) in cases {
-        refuses(&project(ROW, &line), 78, message, &[]);
+        refuses(&project(ROW, line), 78, message, &[]);
     }
 }
 
@@ -342,7 +342,7 @@ const SHARD: &str = "model-00002-of-00006.safetensors";
 #[test]
 fn checkpoint_files() {
     let one = changed("llama", "", |model| {
-        fs_err::remove_file(model.join(SINGLE)).unwrap()
+        fs_err::remove_file(model.join(SINGLE)).unwrap();
     });
     refuses(
         &one,
@@ -356,7 +356,7 @@ fn checkpoint_files() {
     });
     refuses(&one, 65, "it may be truncated: download it again", &[]);
     let one = changed("llama", "", |model| {
-        fs_err::write(model.join(SINGLE), b"abc").unwrap()
+        fs_err::write(model.join(SINGLE), b"abc").unwrap();
     });
     refuses(
         &one,
@@ -365,7 +365,7 @@ fn checkpoint_files() {
         &[],
     );
     let one = changed("llama", "", |model| {
-        fs_err::write(model.join(SINGLE), [b'x'; 500]).unwrap()
+        fs_err::write(model.join(SINGLE), [b'x'; 500]).unwrap();
     });
     refuses(
         &one,
@@ -374,7 +374,7 @@ fn checkpoint_files() {
         &[],
     );
     let one = changed("qwen3_moe", "", |model| {
-        fs_err::remove_file(model.join(SHARD)).unwrap()
+        fs_err::remove_file(model.join(SHARD)).unwrap();
     });
     let message = "shard `model-00002-of-00006.safetensors` that DIR/model/model.safetensors.index.json names not found";
     refuses(&one, 66, message, &[]);
@@ -412,7 +412,7 @@ fn checkpoint_files() {
     });
     refuses(&one, 65, "model-00001-of-00006.safetensors holds too", &[]);
     let one = changed("qwen3_moe", "", |model| {
-        fs_err::write(model.join(INDEX), "[]").unwrap()
+        fs_err::write(model.join(INDEX), "[]").unwrap();
     });
     refuses(&one, 65, "is not a safetensors index", &[]);
 }
@@ -422,7 +422,7 @@ fn checkpoint_tensors() {
     const NAME: &str = "model.layers.1.self_attn.q_proj.weight";
     let change = |change: &dyn Fn(&mut std::collections::BTreeMap<String, common::Raw>)| {
         changed("llama", "", |model| {
-            rewrite(&model.join(SINGLE), |tensors| change(tensors))
+            rewrite(&model.join(SINGLE), |tensors| change(tensors));
         })
     };
     let one = change(&|tensors| {
@@ -491,7 +491,7 @@ fn model_configs() {
         refuses(&one, 78, message, &[]);
     }
     let one = changed("llama", "", |model| {
-        fs_err::write(model.join("config.json"), "{").unwrap()
+        fs_err::write(model.join("config.json"), "{").unwrap();
     });
     refuses(&one, 65, "DIR/model/config.json: no JSON", &[]);
 }
@@ -595,7 +595,7 @@ fn adapters() {
     refuses(&one, 65, &format!("has no tensor `{A}`"), &[]);
     let one = from_adapter(|dir| {
         rewrite(&dir.join(weights), |tensors| {
-            tensors.get_mut(A).unwrap().1 = vec![64, 4]
+            tensors.get_mut(A).unwrap().1 = vec![64, 4];
         });
     });
     refuses(

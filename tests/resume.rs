@@ -58,13 +58,13 @@ fn project(settings: &str) -> Project {
 
 /// What must be equal between two runs.
 #[derive(Debug, PartialEq)]
-struct Result {
+struct RunResult {
     metrics: Vec<serde_json::Value>,
     adapter: Vec<u8>,
     state: Vec<u8>,
 }
 
-fn result(project: &Project) -> Result {
+fn result(project: &Project) -> RunResult {
     let mut metrics = project.metrics();
     for line in &mut metrics {
         let line = line.as_object_mut().unwrap();
@@ -74,14 +74,14 @@ fn result(project: &Project) -> Result {
     let state = project.path(&format!(
         "out/checkpoints/step-{TOTAL_STEPS}/adapter.safetensors"
     ));
-    Result {
+    RunResult {
         metrics,
         adapter: project.adapter_bytes(),
         state: fs_err::read(state).unwrap(),
     }
 }
 
-fn uninterrupted() -> Result {
+fn uninterrupted() -> RunResult {
     let project = project("");
     project.succeed("train", &[]);
     let result = result(&project);
@@ -196,6 +196,37 @@ fn sigterm_and_sigint_save_and_stop() {
     }
 }
 
+fn quiet(project: &Project) -> std::process::Command {
+    let mut command = project.command("train", &[]);
+    command
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
+    command
+}
+
+/// A run that kills itself before its `operation`th file operation.
+fn killed_at(project: &Project, operation: usize) -> std::process::ExitStatus {
+    let mut command = quiet(project);
+    command.env("BRIGHTRUN_KILL_AT_WRITE", operation.to_string());
+    command.status().unwrap()
+}
+
+/// File operations of an undisturbed run.
+fn num_kill_points() -> usize {
+    let is_reached = |operation| killed_at(&project(""), operation).signal() == Some(9);
+    let (mut reached, mut beyond) = (1, 1024);
+    assert!(is_reached(reached) && !is_reached(beyond));
+    while beyond - reached > 1 {
+        let middle = usize::midpoint(reached, beyond);
+        if is_reached(middle) {
+            reached = middle;
+        } else {
+            beyond = middle;
+        }
+    }
+    reached
+}
+
 /// Kill points before file operations and at moments, drawn from a fixed seed.
 #[test]
 fn kill_9_at_any_point_loses_at_most_one_interval() {
@@ -210,19 +241,14 @@ fn kill_9_at_any_point_loses_at_most_one_interval() {
     let expected = uninterrupted();
     let mut draws = Draws::new(7, Stream::Synthetic, 0);
     let mut num_killed = 0;
+    let num_points = num_kill_points();
     for kill in 0..kills {
         let project = project("");
-        let mut command = project.command("train", &[]);
-        command
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null());
         let status = if kill % 2 == 0 {
-            // A run of this config passes 213 such points.
-            let operation = 1 + draws.below(213);
-            command.env("BRIGHTRUN_KILL_AT_WRITE", operation.to_string());
-            command.status().unwrap()
+            let operation = 1 + draws.below(num_points);
+            killed_at(&project, operation)
         } else {
-            let mut child = command.spawn().unwrap();
+            let mut child = quiet(&project).spawn().unwrap();
             std::thread::sleep(Duration::from_millis(20 + draws.below(300) as u64));
             // A child that has ended already is no error.
             let _ = child.kill();
@@ -232,9 +258,11 @@ fn kill_9_at_any_point_loses_at_most_one_interval() {
         check_state(&project);
         project.succeed("train", &[]);
         assert!(result(&project) == expected, "kill {kill}");
-        let left: Vec<String> = project
-            .checkpoints()
+        let entries = ["out", "out/checkpoints"].map(|dir| fs_err::read_dir(project.path(dir)));
+        let left: Vec<String> = entries
             .into_iter()
+            .flat_map(Result::unwrap)
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
             .filter(|name| name.contains("partial"))
             .collect();
         assert!(left.is_empty(), "{left:?}");
@@ -244,6 +272,7 @@ fn kill_9_at_any_point_loses_at_most_one_interval() {
         num_killed * 2 > kills,
         "only {num_killed} of {kills} runs were killed"
     );
+    println!("{num_killed} of {kills} runs were killed; a run has {num_points} file operations");
 }
 
 /// All checkpoints can be read, and the newest is at most an interval behind what was trained.

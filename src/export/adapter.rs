@@ -14,7 +14,7 @@ use super::config::adapter_config;
 use super::{Adapter, PeftVersion, file_dtype, narrowed};
 use crate::config::TrainConfig;
 use crate::data::tokenizer::FILES as TOKENIZER_FILES;
-use crate::durable::Durable;
+use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
 use crate::model::adapter::AdapterLayout;
 use crate::store::checkpoint::{float_dtype, widen_bytes};
@@ -52,11 +52,7 @@ pub fn write(
 ) -> Result<()> {
     let id = crate::store::locate::base_model_id(context.config, context.model_dir);
     let config = adapter_config(adapter, &id, version)?;
-    let partial = dir.with_file_name(format!(
-        ".{}.{}.partial",
-        dir.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id()
-    ));
+    let partial = partial_of(dir);
     files.create_dir(&partial)?;
     let text = serde_json::to_string_pretty(&config)
         .map_err(|error| Error::format(dir.join(CONFIG), error.to_string()))?;

@@ -13,7 +13,7 @@ use safetensors::{Dtype, SafeTensors, View};
 
 use super::{Adapter, narrowed};
 use crate::data::tokenizer::FILES as TOKENIZER_FILES;
-use crate::durable::Durable;
+use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
 use crate::model::adapter::LoraModule;
 use crate::store::checkpoint::{Checkpoint, map_file};
@@ -42,11 +42,7 @@ pub fn write(
             reason,
         });
     }
-    let partial = dir.with_file_name(format!(
-        ".{}.{}.partial",
-        dir.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id()
-    ));
+    let partial = partial_of(dir);
     let written = fill(&partial, model_dir, adapter, chat_template);
     let finished = written
         .and_then(|()| files.sync_dir(&partial))

@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::trainer::AdapterState;
-use crate::durable::Durable;
+use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
 use crate::store::checkpoint::widen_bytes;
 use crate::tensor::DType;
@@ -122,10 +122,8 @@ impl Checkpoints {
     /// Those of the file system; [`Error::Format`] if what was written does not read back.
     pub fn save(&self, files: &Durable, state: &State, adapter: &AdapterState) -> Result<PathBuf> {
         let name = format!("step-{}", state.step);
-        let partial = self
-            .dir
-            .join(format!(".{name}.{}.partial", std::process::id()));
         let path = self.dir.join(&name);
+        let partial = partial_of(&path);
         files.create_dir(&partial)?;
         let contents = [
             (ADAPTER, adapter_bytes(adapter)?),
@@ -216,15 +214,15 @@ impl Checkpoints {
         for step in self.steps().into_iter().skip(self.keep) {
             files.remove_dir(&self.dir.join(format!("step-{step}")))?;
         }
-        for entry in fs::read_dir(&self.dir)?.flatten() {
-            let is_partial = entry.file_name().to_string_lossy().ends_with(".partial");
-            if is_partial && entry.path().is_dir() {
-                files.remove_dir(&entry.path())?;
-            } else if is_partial {
-                fs::remove_file(entry.path())?;
-            }
-        }
-        Ok(())
+        self.remove_partials(files)
+    }
+
+    /// Removes what a killed run left half-written.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_partials(&self, files: &Durable) -> Result<()> {
+        files.remove_partials(&self.dir)
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use fs_err as fs;
 
 use super::events::StepMetrics;
+use crate::durable::Durable;
 use crate::error::{Error, Result};
 
 /// The open file.
@@ -19,7 +20,7 @@ impl MetricsFile {
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn open(path: &Path, completed: u64) -> Result<Self> {
+    pub(super) fn open(files: &Durable, path: &Path, completed: u64) -> Result<Self> {
         let old = if completed > 0 && path.is_file() {
             fs::read_to_string(path)?
         } else {
@@ -33,9 +34,7 @@ impl MetricsFile {
             .filter(is_kept)
             .flat_map(|line| [line, "\n"])
             .collect();
-        let partial = path.with_extension("partial");
-        fs::write(&partial, kept)?;
-        fs::rename(&partial, path)?;
+        files.replace(path, kept.as_bytes())?;
         let file = fs::OpenOptions::new().append(true).open(path)?;
         Ok(Self { file })
     }

@@ -150,6 +150,8 @@ impl<'a> Run<'a> {
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
         let checkpoints = Checkpoints::new(&config.output_dir, config.save_total_limit);
+        checkpoints.remove_partials(&files)?;
+        files.remove_partials(&config.output_dir)?;
         let mut state = State {
             step: 0,
             epoch_loss_sum: 0.0,
@@ -197,7 +199,8 @@ impl<'a> Run<'a> {
             &config.output_dir.join("config.resolved.yaml"),
             resolved.as_bytes(),
         )?;
-        let metrics = MetricsFile::open(&config.output_dir.join("metrics.jsonl"), state.step)?;
+        let metrics =
+            MetricsFile::open(&files, &config.output_dir.join("metrics.jsonl"), state.step)?;
         let schedule = Schedule::new(config, prepared.total_steps);
         let eval = eval_packing(prepared.packing).epoch(&prepared.data.eval, 0);
         let eval_batches = eval
