@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm::{Mat, MatMut, matmul};
+use super::gemm::{Mat, MatMut, par_matmul};
 use super::lora::{Lora, LoraGrads, LoraRows};
 use super::{Cpu, add_assign};
 use crate::error::Result;
@@ -72,7 +72,7 @@ pub(super) fn for_each_panel(
     Ok(())
 }
 
-/// `out = x W^T`, token rows in parallel.
+/// `out = x W^T`, in parallel.
 pub(super) fn times_weight_transposed(
     cpu: &Cpu,
     out: &mut [f32],
@@ -80,19 +80,14 @@ pub(super) fn times_weight_transposed(
     weight: &Weight,
     [n, k]: [usize; 2],
 ) -> Result<()> {
-    let block = row_block(x.len() / k);
+    let m = x.len() / k;
     for_each_panel(cpu, weight, n, k, |rows, panel| {
-        out.par_chunks_mut(block * n)
-            .zip(x.par_chunks(block * k))
-            .for_each(|(out, x)| {
-                let m = x.len() / k;
-                let out = MatMut::new(&mut out[rows.start..], m, rows.len(), n);
-                matmul(out, Mat::dense(x, m, k), panel.t(), 1.0, 0.0);
-            });
+        let out = MatMut::new(&mut out[rows.start..], m, rows.len(), n);
+        par_matmul(out, Mat::dense(x, m, k), panel.t(), 1.0, 0.0);
     })
 }
 
-/// `out (+)= d_out W`, token rows in parallel.
+/// `out (+)= d_out W`, in parallel.
 pub(super) fn times_weight(
     cpu: &Cpu,
     out: &mut [f32],
@@ -101,20 +96,15 @@ pub(super) fn times_weight(
     [n, k]: [usize; 2],
     accumulate: bool,
 ) -> Result<()> {
-    let block = row_block(out.len() / k);
+    let m = out.len() / k;
     for_each_panel(cpu, weight, n, k, |rows, panel| {
         let beta = if accumulate || rows.start > 0 {
             1.0
         } else {
             0.0
         };
-        out.par_chunks_mut(block * k)
-            .zip(d_out.par_chunks(block * n))
-            .for_each(|(out, d_out)| {
-                let m = out.len() / k;
-                let d_out = Mat::new(&d_out[rows.start..], m, rows.len(), n);
-                matmul(MatMut::dense(out, m, k), d_out, panel, 1.0, beta);
-            });
+        let d_out = Mat::new(&d_out[rows.start..], m, rows.len(), n);
+        par_matmul(MatMut::dense(out, m, k), d_out, panel, 1.0, beta);
     })
 }
 
