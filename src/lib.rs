@@ -3,7 +3,7 @@
 //! ```text
 //! config.json + *.safetensors --mmap--> store::Checkpoint --quantize--> store::QuantizedStore (NF4 codes + absmax)
 //!     --> model::{Decoder, Block, ...} --calls--> ops::Ops --> backend::cpu
-//! jsonl --> data::records --> data::template (chat) --> data::tokens --> data::pack --> Batch
+//! jsonl --> data::records --> data::template (chat) --> data::sequences --> data::pack --> Batch
 //! train::Trainer::step(batch) --> train::checkpoint (resume) --> export::adapter (PEFT)
 //! ```
 

@@ -51,6 +51,8 @@ const TRAJECTORY: f64 = 2e-5;
 const GRAD_NORM: f64 = 1e-4;
 const GRAD: f64 = 2e-4;
 const GRAD_ABS: f64 = 2e-5;
+/// Relative; bf16 keeps 8 bits (4e-3 per rounding), of which a loss and a norm average many.
+const BF16: f64 = 6e-3;
 const STEP5_DELTA: f64 = 5e-3;
 
 struct Case {
@@ -60,6 +62,16 @@ struct Case {
 }
 
 fn case(family: &'static str, targets: &[&str], policy: QuantizePolicy, weight_decay: f64) -> Case {
+    case_on(Cpu::new(), family, targets, policy, weight_decay)
+}
+
+fn case_on(
+    cpu: Cpu,
+    family: &'static str,
+    targets: &[&str],
+    policy: QuantizePolicy,
+    weight_decay: f64,
+) -> Case {
     let text = fs_err::read_to_string(golden(&format!("golden/{family}/golden.json"))).unwrap();
     let dir = golden(&format!("models/{family}"));
     let config = ModelConfig::from_file(dir.join("config.json")).unwrap();
@@ -82,15 +94,7 @@ fn case(family: &'static str, targets: &[&str], policy: QuantizePolicy, weight_d
         weight_decay,
         max_grad_norm: 1.0,
     };
-    let trainer = Trainer::new(
-        Box::new(Cpu::new()),
-        decoder,
-        optimizer,
-        256,
-        Recompute::None,
-        0,
-    )
-    .unwrap();
+    let trainer = Trainer::new(Box::new(cpu), decoder, optimizer, 256, Recompute::None, 0).unwrap();
     Case {
         family,
         json: serde_json::from_str(&text).unwrap(),
@@ -474,4 +478,47 @@ fn the_default_nf4_list_matches() {
     // These gradients have an f32-against-f64 floor of 1e-4, so the goldens' own note sets 1e-3.
     case.check_grads("nf4dq_default_lora_grads.safetensors", 1e-3);
     case.check_training(&json["lora_train"]);
+}
+
+/// The mode that rounds to bf16 where a GPU stores bf16: everything stored is bf16, and what is trained stays close to f32.
+#[test]
+fn bf16_rounding_stays_within_the_noise_of_bf16() {
+    for family in FAMILIES {
+        let policy = || QuantizePolicy::modules(SEVEN.map(str::to_owned).to_vec(), true);
+        let mut exact = nf4(family, &SEVEN, true, 0.0);
+        let mut rounded = case_on(Cpu::with_bf16_rounding(), family, &SEVEN, policy(), 0.0);
+        let mut again = case_on(Cpu::with_bf16_rounding(), family, &SEVEN, policy(), 0.0);
+        for case in [&mut exact, &mut rounded, &mut again] {
+            case.load_adapter("adapter_init");
+        }
+        let batches = exact.packed();
+        let mut worst = 0.0_f64;
+        for step in 0..5 {
+            let expected = exact.trainer.step(&batches, step, 1e-3).unwrap();
+            let found = rounded.trainer.step(&batches, step, 1e-3).unwrap();
+            assert!(found == again.trainer.step(&batches, step, 1e-3).unwrap());
+            worst = worst.max((found.loss - expected.loss).abs() / expected.loss);
+            // Where experts are chosen, a rounded hidden state may choose another one: a jump in the gradient, not in the loss.
+            if exact.trainer.decoder().config.moe.is_none() {
+                worst =
+                    worst.max((found.grad_norm - expected.grad_norm).abs() / expected.grad_norm);
+            }
+        }
+        assert!(worst > 0.0, "{family}: nothing was rounded");
+        assert!(worst <= BF16, "{family}: off by {worst:e}");
+        let (acts, hidden) = (
+            rounded.trainer.activations(),
+            rounded.trainer.decoder().config.hidden_size,
+        );
+        let tokens = batches.micro_batches[0].input_ids.len();
+        for layer in 0..=rounded.trainer.decoder().blocks.len() {
+            let stored = &acts.layer_input(layer).f32().unwrap()[..tokens * hidden];
+            let is_bf16 =
+                |value: &f32| half::bf16::from_f32(*value).to_f32().to_bits() == value.to_bits();
+            assert!(
+                stored.iter().all(is_bf16),
+                "{family}: input of layer {layer}"
+            );
+        }
+    }
 }

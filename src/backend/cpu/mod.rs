@@ -19,6 +19,7 @@ mod lora;
 mod moe;
 mod norm;
 mod rope;
+mod route;
 
 use std::borrow::Cow;
 
@@ -460,7 +461,7 @@ impl Ops for Cpu {
         logits: &Tensor,
         state: &StepState,
     ) -> Result<()> {
-        moe::route_forward(self, routing, logits, state)
+        route::forward(self, routing, logits, state)
     }
 
     fn moe_route_backward(
@@ -471,7 +472,7 @@ impl Ops for Cpu {
         routing: &Routing,
         state: &StepState,
     ) -> Result<()> {
-        moe::route_backward(self, d_logits, d_topk_weights, logits, routing, state)
+        route::backward(self, d_logits, d_topk_weights, logits, routing, state)
     }
 
     fn moe_gate_up_forward(
