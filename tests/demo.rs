@@ -1,0 +1,52 @@
+//! The demo, as the README's first command runs it.
+
+use std::process::Command;
+
+#[test]
+fn the_demo_learns_and_tells_what_to_do_next() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let out = tempfile::tempdir().unwrap();
+    let run = |command: &str, more: &[&str]| {
+        let output_dir = format!("output_dir={}", out.path().join("demo").display());
+        let output = Command::new(env!("CARGO_BIN_EXE_brightrun"))
+            .current_dir(root)
+            .args([command, "examples/demo/train.yml", "--set", &output_dir])
+            .args(more)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        (String::from_utf8_lossy(&output.stdout).into_owned(), said)
+    };
+    let (report, _) = run("check", &[]);
+    assert!(report.contains("214 matrices in 4 bits"), "{report}");
+    assert!(report.contains("56 in 14 sequences"), "{report}");
+    let (result, log) = run("train", &[]);
+    assert!(result.contains("next:\n  brightrun export"), "{result}");
+    assert!(log.contains("214 matrices in 4 bits"), "{log}");
+    let metrics = fs_err::read_to_string(out.path().join("demo/metrics.jsonl")).unwrap();
+    let metrics: Vec<serde_json::Value> = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let (first, last) = (&metrics[0], &metrics[metrics.len() - 1]);
+    assert!(first["loss"].as_f64().unwrap() > 5.0, "{first}");
+    assert!(last["loss"].as_f64().unwrap() < 0.6, "{last}");
+    // Held-out conversations are learnt too, not only those it saw.
+    assert!(last["eval_loss"].as_f64().unwrap() < 0.7, "{last}");
+    for name in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    ] {
+        assert!(
+            out.path().join("demo/adapter").join(name).is_file(),
+            "{name}"
+        );
+    }
+    // Each of the commands it names works.
+    for format in ["merged", "peft5"] {
+        run("export", &["--format", format]);
+    }
+}
