@@ -2,10 +2,7 @@
 //!
 //! Everything is checked when it is opened: which shards there are, that each is as long as its header says, that the
 //! index and the shards agree. `mtp.*` tensors (extra prediction heads) are left out.
-#![expect(
-    unsafe_code,
-    reason = "mapping a file; the one call says why it is sound"
-)]
+#![expect(unsafe_code, reason = "mapping a file; each call says why it is sound")]
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fs_err as fs;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
@@ -265,6 +262,23 @@ pub fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
             .chunks_exact(4)
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect(),
+    }
+}
+
+/// Gives back the memory of a mapped tensor that will not be read again. Reading it is still possible: from the file.
+pub(super) fn release(tensor: &Tensor) {
+    const PAGE: usize = 4096;
+    let Some((map, bytes)) = tensor.mapping() else {
+        return;
+    };
+    // Whole pages only; the ones at the ends may belong to a neighbour too.
+    let (start, end) = (bytes.start.next_multiple_of(PAGE), bytes.end / PAGE * PAGE);
+    if start < end {
+        // SAFETY: the map is of a file and read-only, so that pages dropped are read from the file again, unchanged.
+        let dropped =
+            unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        // Only advice: where the system refuses (larger pages), the memory stays in use.
+        drop(dropped);
     }
 }
 

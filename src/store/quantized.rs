@@ -6,7 +6,7 @@ use std::fmt;
 use crate::config::{AdapterKind, TrainConfig};
 use crate::error::{Error, Result};
 use crate::store::Weight;
-use crate::store::checkpoint::Checkpoint;
+use crate::store::checkpoint::{Checkpoint, release};
 use crate::store::nf4::{self, Nf4Matrix};
 use crate::tensor::{DType, Tensor};
 
@@ -245,6 +245,7 @@ impl QuantizedStore {
             return Ok(Weight::Dense(tensor));
         }
         let matrix = Nf4Matrix::from_tensor(&tensor, self.policy.double_quant)?;
+        release(&tensor);
         Ok(Weight::Nf4(matrix))
     }
 

@@ -454,6 +454,18 @@ impl Tensor {
         })
     }
 
+    /// The map and the byte range in it, of a mapped tensor.
+    pub fn mapping(&self) -> Option<(&Mmap, Range<usize>)> {
+        match &self.storage {
+            Storage::Mapped { map, bytes } => Some((map, bytes.clone())),
+            Storage::F32(_)
+            | Storage::U8(_)
+            | Storage::U32(_)
+            | Storage::I32(_)
+            | Storage::Planned => None,
+        }
+    }
+
     fn mapped_bytes(&self) -> &[u8] {
         let Storage::Mapped { map, bytes } = &self.storage else {
             return &[];
