@@ -31,6 +31,13 @@ pub(super) struct Console {
 }
 
 impl Console {
+    /// Takes the bar off the terminal; what comes next begins on a line of its own.
+    pub(super) fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
     fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| eprintln!("{text}")),
@@ -111,11 +118,7 @@ impl Observer for Console {
                     self.line(&format!("saved {}", path.display()));
                 }
             }
-            Event::Exported { .. } => {
-                if let Some(bar) = self.bar.take() {
-                    bar.finish();
-                }
-            }
+            Event::Exported { .. } => self.finish(),
         }
     }
 }

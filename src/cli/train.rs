@@ -12,7 +12,10 @@ use super::console::{Console, print};
 pub(super) fn run(arguments: &ConfigArguments) -> Result<ExitCode> {
     let config = arguments.load()?;
     let stop = StopFlag::install()?;
-    let outcome = train::run(&config, &Env::read(), &mut Console::default(), &stop)?;
+    let mut console = Console::default();
+    let outcome = train::run(&config, &Env::read(), &mut console, &stop);
+    console.finish();
+    let outcome = outcome?;
     let file = arguments.config.display();
     match outcome {
         Outcome::Finished { adapter, summary } => {
