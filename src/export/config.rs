@@ -115,8 +115,6 @@ fn fused_targets(adapter: &Adapter<'_>) -> Result<Targets> {
             .iter()
             .map(|module| module.name.as_str())
     };
-    let is_moe =
-        names().any(|name| name.contains(".mlp.experts.") || name.contains(".mlp.shared_expert."));
     for name in names() {
         let last = name.rsplit('.').next().unwrap_or(name);
         if name.contains(".mlp.experts.") {
@@ -132,9 +130,9 @@ fn fused_targets(adapter: &Adapter<'_>) -> Result<Targets> {
                 &mut targets.parameters,
                 &format!("mlp.shared_expert.{last}.weight"),
             );
-        } else if is_moe && name.contains(".mlp.") {
-            // A dense layer among expert layers: its suffix alone would name the shared expert too.
-            add(&mut targets.modules, name);
+        } else if adapter.layout.has_experts() && name.contains(".mlp.") {
+            // A dense layer among expert layers: as a module, PEFT would take it for the experts.
+            add(&mut targets.parameters, &format!("{name}.weight"));
         } else {
             add(&mut targets.modules, last);
         }
@@ -142,11 +140,12 @@ fn fused_targets(adapter: &Adapter<'_>) -> Result<Targets> {
     let has = |projection: &str| {
         names().any(|name| name.contains(".mlp.experts.") && name.ends_with(projection))
     };
-    if has(".gate_proj") != has(".up_proj") {
+    let (gate, up, down) = (has(".gate_proj"), has(".up_proj"), has(".down_proj"));
+    if gate != up || gate && !down {
         return Err(Error::Unsupported {
             what: "the format `peft5` for this adapter".to_owned(),
-            why: "transformers 5 holds gate_proj and up_proj of the experts in one parameter, and only one \
-                  of them has an adapter; use `--format peft` or `merged`"
+            why: "transformers 5 holds gate_proj and up_proj of the experts in one parameter, which PEFT 0.21 \
+                  loads only with both and with down_proj; use `--format peft` or `merged`"
                 .to_owned(),
         });
     }
@@ -160,5 +159,74 @@ fn number(value: f64) -> Value {
         json!(value as i64)
     } else {
         json!(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::adapter::{AdapterLayout, AdapterSettings, Role};
+
+    /// The config for transformers 5 of a model whose first layer is dense and whose second has experts.
+    fn config_of(targets: &[&str], moe_lora: MoeLora) -> Result<Value> {
+        let mut layout = AdapterLayout::new(AdapterSettings {
+            rank: 2,
+            expert_rank: 2,
+            alpha: 4.0,
+            dropout: 0.0,
+            use_rslora: false,
+            target_modules: targets.iter().map(|&name| name.to_owned()).collect(),
+            moe_lora,
+        });
+        for name in ["gate_proj", "up_proj", "down_proj"] {
+            layout.register(&format!("model.layers.0.mlp.{name}"), Role::Plain, 8, 8);
+        }
+        layout.register_experts("model.layers.1.mlp.experts", 2, 8, 8);
+        let values = vec![0.0; layout.len()];
+        let adapter = Adapter {
+            layout: &layout,
+            values: &values,
+        };
+        adapter_config(&adapter, "org/model", PeftVersion::Transformers5)
+    }
+
+    #[test]
+    fn a_dense_layer_among_experts_is_named_by_parameter() {
+        let all = ["gate_proj", "up_proj", "down_proj"];
+        let dense = json!([
+            "model.layers.0.mlp.gate_proj.weight",
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.mlp.down_proj.weight",
+        ]);
+        let config = config_of(&all, MoeLora::None).unwrap();
+        assert_eq!(config["target_parameters"], dense);
+        assert_eq!(config["target_modules"], json!([]));
+        let config = config_of(&all, MoeLora::All).unwrap();
+        let parameters = config["target_parameters"].as_array().unwrap();
+        assert_eq!(parameters[..3], dense.as_array().unwrap()[..]);
+        assert_eq!(
+            parameters[3..],
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        );
+    }
+
+    #[test]
+    fn what_peft_would_load_in_part_is_refused() {
+        for targets in [
+            &["gate_proj", "up_proj"][..],
+            &["gate_proj"],
+            &["up_proj", "down_proj"],
+        ] {
+            let error = config_of(targets, MoeLora::All).unwrap_err();
+            assert!(
+                error
+                    .to_string()
+                    .contains("use `--format peft` or `merged`"),
+                "{error}"
+            );
+            // Without adapters on the experts there is nothing to fuse.
+            config_of(targets, MoeLora::None).unwrap();
+        }
+        config_of(&["down_proj"], MoeLora::All).unwrap();
     }
 }

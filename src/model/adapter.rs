@@ -83,6 +83,7 @@ pub struct AdapterLayout {
     settings: AdapterSettings,
     modules: Vec<LoraModule>,
     matched: Vec<bool>,
+    has_experts: bool,
     len: usize,
 }
 
@@ -94,6 +95,7 @@ impl AdapterLayout {
             settings,
             modules: Vec::new(),
             matched,
+            has_experts: false,
             len: 0,
         }
     }
@@ -161,6 +163,7 @@ impl AdapterLayout {
         intermediate_size: usize,
         hidden_size: usize,
     ) -> ExpertsLora {
+        self.has_experts = true;
         let (start, first_module) = (self.len, self.modules.len());
         let mut lora = ExpertsLora::default();
         for expert in 0..num_experts {
@@ -184,6 +187,11 @@ impl AdapterLayout {
             }
         }
         lora
+    }
+
+    /// Whether the model has routed experts, with an adapter or without.
+    pub fn has_experts(&self) -> bool {
+        self.has_experts
     }
 
     fn take(&mut self, len: usize) -> usize {

@@ -12,7 +12,13 @@ for model in tests/golden/models/{llama,mistral,qwen2,qwen3,qwen3_moe,qwen3_next
     check "$model" "$form"
     check "$model" merged
 done
-for setting in lora_expert_r=4 moe_lora=shared_only moe_lora=none use_rslora=true; do
+for model in $("$python" scripts/peers/peft/random_models.py target/peers/random-"$form" 2>/dev/null); do
+    check "$model" "$form"
+    check "$model" "$form" --set moe_lora=none
+done
+for setting in lora_expert_r=4 moe_lora=shared_only moe_lora=none use_rslora=true \
+    "lora_target_modules=[q_proj, k_proj, v_proj, o_proj, in_proj_qkvz, in_proj_ba, out_proj, gate_proj, up_proj, down_proj]" \
+    "lora_target_modules=[in_proj_qkvz, out_proj]" "lora_target_modules=[down_proj]"; do
     echo "with $setting:"
     check tests/golden/models/qwen3_next "$form" --set "$setting"
 done
