@@ -90,6 +90,12 @@ pub enum Error {
         /// What to change.
         advice: String,
     },
+    /// A kernel failed, or was launched with what it does not take.
+    #[error("{reason}")]
+    Kernel {
+        /// Kernel, block, and what happened.
+        reason: String,
+    },
     /// The run does not fit into memory.
     #[error("{reason}")]
     OutOfMemory {
@@ -117,7 +123,7 @@ impl Error {
             Self::Io(_) => 74,
             Self::NonFinite { .. } => 17,
             Self::OutOfMemory { .. } => 12,
-            Self::Shape { .. } | Self::DType { .. } => 1,
+            Self::Shape { .. } | Self::DType { .. } | Self::Kernel { .. } => 1,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Devices that run the ops.
 
 pub mod cpu;
+pub mod gpu;
 
 use crate::config::Device;
 use crate::error::{Error, Result};

@@ -1,0 +1,261 @@
+//! The emulated device: the kernels, compiled for the CPU, run block by block (`kernels/rt/emu.h`).
+//!
+//! Memory starts as NaN and lies between guard bands that every launch checks. Blocks are spread over the cores.
+#![expect(
+    unsafe_code,
+    reason = "calls compiled kernels, which read and write the addresses in their params"
+)]
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::Pod;
+use rayon::prelude::*;
+
+use super::{Driver, Grid, Kernel, Memory};
+use crate::error::{Error, Result};
+
+/// Alignment of memory: what CUDA gives.
+const ALIGNMENT: usize = 256;
+const GUARD_BYTES: usize = 256;
+const GUARD_BYTE: u8 = 0xa5;
+/// f32 and bf16 of these bits are NaN.
+const NAN_BYTE: u8 = 0xff;
+const ERROR_BYTES: usize = 512;
+/// Blocks that one task runs at least.
+const MIN_BLOCKS_PER_TASK: u64 = 4;
+
+/// A launch, as `kernels/rt/emu.h` declares it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Launch {
+    grid: [u32; 3],
+    block: [u32; 3],
+    dynamic_shared_bytes: u32,
+    order: u32,
+    params: *const u8,
+}
+
+// SAFETY: the params are read, by all blocks, and outlive the launch.
+unsafe impl Sync for Launch {}
+
+type Entry = unsafe extern "C" fn(*const Launch, u64, u64, *mut u8, usize) -> i32;
+
+include!(concat!(env!("OUT_DIR"), "/emu_kernels.rs"));
+
+/// Order in which the threads of a block go on after they waited. Results must not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Thread 0 first.
+    Forward,
+    /// Thread 0 last.
+    Reversed,
+    /// Shuffled anew each time.
+    Shuffled(u32),
+}
+
+/// The emulated device.
+#[derive(Debug, Clone)]
+pub struct Emu {
+    order: Order,
+    live: Arc<Mutex<Live>>,
+}
+
+/// Address to name and length of all live memory.
+type Live = BTreeMap<usize, (String, usize)>;
+
+impl Emu {
+    /// A device whose threads go on in `order`.
+    pub fn new(order: Order) -> Self {
+        Self {
+            order,
+            live: Arc::default(),
+        }
+    }
+
+    /// Names of all kernels.
+    pub fn kernels() -> impl Iterator<Item = &'static str> {
+        KERNELS.iter().map(|(name, _)| *name)
+    }
+
+    /// Checks the guard bands of all live memory.
+    fn check_guards(&self, kernel: &str) -> Result<()> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        for (address, (name, num_bytes)) in live.iter() {
+            for start in [address - GUARD_BYTES, address + num_bytes] {
+                // SAFETY: the bands lie in the allocation, which is live as long as it is in the table, and were written.
+                let band = unsafe { std::slice::from_raw_parts(start as *const u8, GUARD_BYTES) };
+                if band.iter().any(|byte| *byte != GUARD_BYTE) {
+                    let end = if start < *address { "before" } else { "beyond" };
+                    return Err(kernel_error(
+                        kernel,
+                        &format!("wrote {end} `{name}` of {num_bytes} bytes"),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Memory of the emulated device: `[guard | bytes | guard]`.
+#[derive(Debug)]
+pub struct EmuMemory {
+    base: *mut u8,
+    layout: Layout,
+    num_bytes: usize,
+    live: Arc<Mutex<Live>>,
+}
+
+// SAFETY: it owns its allocation, which nothing else frees; kernels and copies reach it only through the driver.
+unsafe impl Send for EmuMemory {}
+// SAFETY: through a shared reference it is only read, and copied from.
+unsafe impl Sync for EmuMemory {}
+
+impl EmuMemory {
+    fn start(&self) -> *mut u8 {
+        self.base.wrapping_add(GUARD_BYTES)
+    }
+}
+
+impl Memory for EmuMemory {
+    fn address(&self) -> u64 {
+        self.start().addr() as u64
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.num_bytes
+    }
+}
+
+impl Drop for EmuMemory {
+    fn drop(&mut self) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.remove(&self.start().addr());
+        // SAFETY: allocated with this layout in `alloc`, freed once.
+        unsafe { dealloc(self.base, self.layout) };
+    }
+}
+
+impl Driver for Emu {
+    type Memory = EmuMemory;
+
+    fn alloc(&self, name: &str, num_bytes: usize) -> Result<EmuMemory> {
+        let refuse = || Error::OutOfMemory {
+            reason: format!("`{name}` of {num_bytes} bytes does not fit into memory"),
+        };
+        let total = num_bytes.checked_add(2 * GUARD_BYTES).ok_or_else(refuse)?;
+        let layout = Layout::from_size_align(total, ALIGNMENT).map_err(|_| refuse())?;
+        // SAFETY: the size is at least that of the guard bands, not zero.
+        let base = unsafe { alloc(layout) };
+        if base.is_null() {
+            return Err(refuse());
+        }
+        // SAFETY: `base` was just allocated with `total` bytes.
+        let whole = unsafe { std::slice::from_raw_parts_mut(base.cast(), total) };
+        for (at, byte) in whole.iter_mut().enumerate() {
+            let is_guard = at < GUARD_BYTES || at >= GUARD_BYTES + num_bytes;
+            *byte = std::mem::MaybeUninit::new(if is_guard { GUARD_BYTE } else { NAN_BYTE });
+        }
+        let memory = EmuMemory {
+            base,
+            layout,
+            num_bytes,
+            live: Arc::clone(&self.live),
+        };
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.insert(
+            memory.start().expose_provenance(),
+            (name.to_owned(), num_bytes),
+        );
+        drop(live);
+        Ok(memory)
+    }
+
+    fn upload(&self, to: &mut EmuMemory, bytes: &[u8]) -> Result<()> {
+        check_len(bytes.len(), to.num_bytes)?;
+        // SAFETY: checked to fit; the memory is this driver's own, so it does not overlap `bytes`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.start(), bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&self, from: &EmuMemory, out: &mut [u8]) -> Result<()> {
+        check_len(out.len(), from.num_bytes)?;
+        // SAFETY: checked to fit; all bytes were written in `alloc`.
+        unsafe { std::ptr::copy_nonoverlapping(from.start(), out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    fn launch<P: Pod>(&self, kernel: Kernel, grid: Grid, params: &P) -> Result<()> {
+        let entry = KERNELS.iter().find(|(name, _)| *name == kernel.name);
+        let (_, entry) =
+            *entry.ok_or_else(|| kernel_error(kernel.name, "there is no such kernel"))?;
+        let launch = Launch {
+            grid: grid.blocks,
+            block: [kernel.threads, 1, 1],
+            dynamic_shared_bytes: grid.dynamic_shared_bytes,
+            order: match self.order {
+                Order::Forward => 0,
+                Order::Reversed => 1,
+                Order::Shuffled(seed) => seed.max(2),
+            },
+            params: bytemuck::bytes_of(params).as_ptr(),
+        };
+        let num_blocks: u64 = grid
+            .blocks
+            .iter()
+            .map(|blocks| u64::from(*blocks))
+            .product();
+        let share = num_blocks.div_ceil(4 * rayon::current_num_threads() as u64);
+        let share = share.max(MIN_BLOCKS_PER_TASK);
+        (0..num_blocks.div_ceil(share))
+            .into_par_iter()
+            .try_for_each(|task| {
+                let first = task * share;
+                let count = share.min(num_blocks - first);
+                let mut error = [0u8; ERROR_BYTES];
+                // SAFETY: the entry is a kernel compiled with this signature; `launch` and its params live until it returns;
+                // that the addresses in the params are live and large enough is the launcher's duty (see `Driver::launch`).
+                let failed = unsafe {
+                    entry(
+                        &raw const launch,
+                        first,
+                        count,
+                        error.as_mut_ptr(),
+                        ERROR_BYTES,
+                    )
+                };
+                if failed == 0 {
+                    return Ok(());
+                }
+                let end = error
+                    .iter()
+                    .position(|byte| *byte == 0)
+                    .unwrap_or(ERROR_BYTES);
+                Err(Error::Kernel {
+                    reason: String::from_utf8_lossy(&error[..end]).into_owned(),
+                })
+            })?;
+        self.check_guards(kernel.name)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn check_len(num_bytes: usize, capacity: usize) -> Result<()> {
+    if num_bytes <= capacity {
+        return Ok(());
+    }
+    Err(Error::Kernel {
+        reason: format!("copy of {num_bytes} bytes, the memory has {capacity}"),
+    })
+}
+
+fn kernel_error(kernel: &str, what: &str) -> Error {
+    Error::Kernel {
+        reason: format!("kernel {kernel}: {what}"),
+    }
+}
