@@ -78,6 +78,7 @@ fn compile_emulated(kernels: &[PathBuf], out: &Path) -> Result<()> {
         ] {
             build.flag(flag);
         }
+        println!("cargo:rustc-cfg=kernels_sanitized");
         println!("cargo:rustc-link-lib=asan");
         println!("cargo:rustc-link-lib=ubsan");
     }

@@ -5,3 +5,4 @@ cd "$(dirname "$0")/.."
 export LIBCLANG_PATH=${LIBCLANG_PATH:-$PWD/.cuda/clang/native}
 touch build.rs
 cargo check --quiet --features regen-bindings
+rustfmt --edition 2024 src/backend/gpu/params.rs

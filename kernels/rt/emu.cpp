@@ -459,3 +459,14 @@ int run(const char* kernel, Body body, uint32_t expected_threads, const Launch* 
 }
 
 }  // namespace emu
+
+// Marks guard bands of device memory, so that a sanitized build also tells reads of them; else nothing.
+extern "C" void brightrun_emu_guard([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes, [[maybe_unused]] int on) {
+#if EMU_ASAN
+    if (on) {
+        __asan_poison_memory_region(at, bytes);
+    } else {
+        __asan_unpoison_memory_region(at, bytes);
+    }
+#endif
+}

@@ -205,6 +205,8 @@ DEVICE bf16 to_bf16(float value) {
     return bf16{static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// Built with -ffp-contract=off: never fused.
+inline float rounded_product(float a, float b) { return a * b; }
 inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
 inline float __expf(float value) { return expf(value); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -23,6 +23,8 @@ using bf16 = __nv_bfloat16;
 DEVICE float to_f32(bf16 value) { return __bfloat162float(value); }
 DEVICE float to_f32(float value) { return value; }
 DEVICE bf16 to_bf16(float value) { return __float2bfloat16_rn(value); }
+// A product that is not fused into a following sum.
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 #else
 

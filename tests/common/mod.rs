@@ -8,6 +8,8 @@
 )]
 
 pub(crate) mod cli;
+#[cfg(feature = "emu")]
+pub(crate) mod device;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -11,8 +11,49 @@
     reason = "generated"
 )]
 
+pub const NF4_BLOCKSIZE: u32 = 64;
+pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
+pub const NF4_THREADS: u32 = 256;
+pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
+pub const SWIGLU_THREADS: u32 = 256;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+    pub num_elements: u64,
+    pub offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::codes"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::absmax"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
+    ["Offset of field: Nf4DequantizeParams::nested_codes"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
+    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
+    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+    ["Offset of field: Nf4DequantizeParams::offset"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
+    ["Offset of field: Nf4DequantizeParams::reserved"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -154,4 +195,37 @@ const _: () = {
         [::std::mem::offset_of!(SelftestParams, depth) - 32usize];
     ["Offset of field: SelftestParams::fault"]
         [::std::mem::offset_of!(SelftestParams, fault) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SwigluBackwardParams {
+    pub d_gate: u64,
+    pub d_up: u64,
+    pub d_h: u64,
+    pub gate: u64,
+    pub up: u64,
+    pub step: u64,
+    pub width: u32,
+    pub rows_per_token: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SwigluBackwardParams"][::std::mem::size_of::<SwigluBackwardParams>() - 56usize];
+    ["Alignment of SwigluBackwardParams"][::std::mem::align_of::<SwigluBackwardParams>() - 8usize];
+    ["Offset of field: SwigluBackwardParams::d_gate"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_gate) - 0usize];
+    ["Offset of field: SwigluBackwardParams::d_up"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_up) - 8usize];
+    ["Offset of field: SwigluBackwardParams::d_h"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_h) - 16usize];
+    ["Offset of field: SwigluBackwardParams::gate"]
+        [::std::mem::offset_of!(SwigluBackwardParams, gate) - 24usize];
+    ["Offset of field: SwigluBackwardParams::up"]
+        [::std::mem::offset_of!(SwigluBackwardParams, up) - 32usize];
+    ["Offset of field: SwigluBackwardParams::step"]
+        [::std::mem::offset_of!(SwigluBackwardParams, step) - 40usize];
+    ["Offset of field: SwigluBackwardParams::width"]
+        [::std::mem::offset_of!(SwigluBackwardParams, width) - 48usize];
+    ["Offset of field: SwigluBackwardParams::rows_per_token"]
+        [::std::mem::offset_of!(SwigluBackwardParams, rows_per_token) - 52usize];
 };

@@ -44,6 +44,11 @@ type Entry = unsafe extern "C" fn(*const Launch, u64, u64, *mut u8, usize) -> i3
 
 include!(concat!(env!("OUT_DIR"), "/emu_kernels.rs"));
 
+unsafe extern "C" {
+    /// Marks bytes that kernels may not touch, where the build is sanitized.
+    fn brightrun_emu_guard(at: *mut u8, num_bytes: usize, on: i32);
+}
+
 /// Order in which the threads of a block go on after they waited. Results must not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -117,6 +122,15 @@ impl EmuMemory {
     fn start(&self) -> *mut u8 {
         self.base.wrapping_add(GUARD_BYTES)
     }
+
+    fn guard(&self, on: bool) {
+        let after = self.start().wrapping_add(self.num_bytes);
+        for band in [self.base, after] {
+            // SAFETY: both bands lie in the allocation; they hold nothing that this program reads through a reference
+            // while kernels run.
+            unsafe { brightrun_emu_guard(band, GUARD_BYTES, i32::from(on)) };
+        }
+    }
 }
 
 impl Memory for EmuMemory {
@@ -133,6 +147,7 @@ impl Drop for EmuMemory {
     fn drop(&mut self) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         live.remove(&self.start().addr());
+        self.guard(false);
         // SAFETY: allocated with this layout in `alloc`, freed once.
         unsafe { dealloc(self.base, self.layout) };
     }
@@ -164,6 +179,7 @@ impl Driver for Emu {
             num_bytes,
             live: Arc::clone(&self.live),
         };
+        memory.guard(true);
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         live.insert(
             memory.start().expose_provenance(),
