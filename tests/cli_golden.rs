@@ -10,18 +10,10 @@
 mod common;
 
 use common::cli::{GOLDEN_SETTINGS, Project};
-use common::{Golden, golden, relative_l2};
+use common::{FAMILIES, Golden, golden, relative_l2};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 6] = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-];
 const SEVEN: &str = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]";
 /// The issue's own limit on losses; the adapter's is the manifest's.
 const LOSS: f64 = 5e-5;

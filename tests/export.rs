@@ -14,7 +14,7 @@ use std::path::Path;
 
 use brightrun::store::checkpoint::{float_dtype, widen_bytes};
 use common::cli::{GOLDEN_SETTINGS, Project};
-use common::{Raw, copy_model, golden, rewrite, rewrite_json};
+use common::{FAMILIES, Raw, copy_model, golden, rewrite, rewrite_json};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
@@ -123,14 +123,7 @@ fn widen(model: &Path) {
 fn a_merged_checkpoint_gives_the_loss_of_base_and_adapter() {
     // On a base of f32 files, so that the merged weights lose nothing but the last bit of f32. (A bf16 base rounds each
     // merged weight to 8 bits: these losses move by 1e-4 to 4e-3 then.)
-    for family in [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "qwen3_next",
-    ] {
+    for family in FAMILIES {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("base");
         copy_model(family, &base);
@@ -211,6 +204,46 @@ fn a_file_beside_the_shards_is_not_merged() {
     use_base(&project, "llama", &base);
     project.succeed("export", &["--format", "merged"]);
     assert!(!project.path("out/merged/consolidated.safetensors").exists());
+}
+
+#[test]
+fn a_shard_of_skipped_tensors_is_copied() {
+    // The index, which is copied, names it: a merged checkpoint without it would not load.
+    let family = "qwen3_next";
+    let project = trained(family, &golden("models/qwen3_next"));
+    let base = project.path("base");
+    copy_model(family, &base);
+    let (body, extra) = (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    );
+    fs_err::rename(base.join("model.safetensors"), base.join(body)).unwrap();
+    fs_err::copy(base.join(body), base.join(extra)).unwrap();
+    let is_extra = |name: &str| name.starts_with("mtp.");
+    let mut weight_map = BTreeMap::new();
+    for (file, keep_extra) in [(body, false), (extra, true)] {
+        rewrite(&base.join(file), |tensors| {
+            tensors.retain(|name, _| is_extra(name) == keep_extra);
+            assert!(!tensors.is_empty());
+            weight_map.extend(tensors.keys().map(|name| (name.clone(), file)));
+        });
+    }
+    let index = json!({"metadata": {}, "weight_map": weight_map}).to_string();
+    fs_err::write(base.join("model.safetensors.index.json"), index).unwrap();
+    use_base(&project, family, &base);
+    project.succeed("export", &["--format", "merged"]);
+    let read = |path: &Path| fs_err::read(path.join(extra)).unwrap();
+    let (old, new) = (read(&base), read(&project.path("out/merged")));
+    let (old, new) = (
+        SafeTensors::deserialize(&old).unwrap(),
+        SafeTensors::deserialize(&new).unwrap(),
+    );
+    for (name, view) in old.tensors() {
+        assert_eq!(new.tensor(&name).unwrap().data(), view.data(), "{name}");
+    }
+    // The merged checkpoint opens again.
+    let merged = format!("base_model={}", project.path("out/merged").display());
+    first_loss(&project, &[&merged]);
 }
 
 #[test]

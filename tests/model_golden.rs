@@ -21,26 +21,9 @@ use brightrun::store::checkpoint::Checkpoint;
 use brightrun::store::quantized::{QuantizePolicy, QuantizedStore};
 use brightrun::tensor::Tensor;
 use brightrun::train::trainer::{OptimizerSettings, Trainer};
-use common::{Golden, golden, max_abs_diff, output, relative_l2, zeros};
+use common::{FAMILIES, Golden, SEVEN, golden, max_abs_diff, output, relative_l2, zeros};
 use serde_json::Value;
 
-const FAMILIES: [&str; 6] = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-];
-const SEVEN: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 const DELTANET: [&str; 5] = ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"];
 
 const LOGITS: f64 = 2e-4;

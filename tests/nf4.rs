@@ -11,10 +11,10 @@ mod common;
 
 use brightrun::store::Weight;
 use brightrun::store::checkpoint::Checkpoint;
-use brightrun::store::nf4::{Absmax, CODEBOOK, Nf4Matrix, dynamic};
+use brightrun::store::nf4::{Absmax, CODEBOOK, Nf4Matrix, dynamic, num_bytes};
 use brightrun::store::quantized::{QuantizePolicy, QuantizedStore};
 use brightrun::tensor::{DType, Tensor};
-use common::{Golden, golden};
+use common::{FAMILIES, Golden, SEVEN, golden};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -154,7 +154,14 @@ fn double_quantisation_stays_within_the_limits_of_the_manifest() {
             file.values(&format!("{name}.nested.absmax2")),
             file.values(&format!("{name}.nested.offset"))[0],
         );
-        assert_nested(&nested(&matrix), &expected, name);
+        let found = nested(&matrix);
+        assert_nested(&found, &expected, name);
+        // What is counted before a weight is read is what is then held: codes, scale codes, nested scales, offset.
+        let held = matrix.codes.num_bytes() + found.0.len() + 4 * found.1.len() + 4;
+        let len = weight.values.len();
+        assert_eq!(num_bytes(len, true), held, "{name}");
+        let plain_held = matrix.codes.num_bytes() + 4 * found.0.len();
+        assert_eq!(num_bytes(len, false), plain_held, "{name}");
     }
 }
 
@@ -165,16 +172,6 @@ fn store(dir: &std::path::Path, policy: QuantizePolicy) -> QuantizedStore {
 fn modules(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
-
-const SEVEN: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 
 fn quantised(store: &mut QuantizedStore, name: &str, reference: &Value) -> Nf4Matrix {
     let size = |at: usize| usize::try_from(reference["shape"][at].as_u64().unwrap()).unwrap();
@@ -202,14 +199,7 @@ fn sha_f32(values: &[f32]) -> String {
 #[test]
 fn every_quantised_weight_of_the_golden_models_has_the_hashes_of_bitsandbytes() {
     let mut num_weights = 0;
-    for family in [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "qwen3_next",
-    ] {
+    for family in FAMILIES {
         let text = fs_err::read_to_string(golden(&format!("golden/{family}/golden.json"))).unwrap();
         let json: Value = serde_json::from_str(&text).unwrap();
         let dir = golden(&format!("models/{family}"));

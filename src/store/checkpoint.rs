@@ -23,6 +23,7 @@ const INDEX_FILE: &str = "model.safetensors.index.json";
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
+    files: Vec<PathBuf>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -43,7 +44,7 @@ impl Checkpoint {
     /// other than f32, bf16 or f16, or at odds with the index.
     pub fn open(dir: &Path) -> Result<Self> {
         let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
-        let mut tensors = BTreeMap::new();
+        let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
         if index.is_file() {
             let weight_map = read_index(&index)?;
             let mut shards: Vec<&String> = weight_map.values().collect();
@@ -59,6 +60,7 @@ impl Checkpoint {
                     });
                 }
                 add_shard(&path, &mut tensors)?;
+                files.push(path);
             }
             for (name, shard) in &weight_map {
                 let held = tensors.get(name).map(|entry| entry.path.to_path_buf());
@@ -72,6 +74,7 @@ impl Checkpoint {
             }
         } else if single.is_file() {
             add_shard(&single, &mut tensors)?;
+            files.push(single);
         } else {
             let what = "model weights".to_owned();
             return Err(Error::Missing {
@@ -81,6 +84,7 @@ impl Checkpoint {
         }
         Ok(Self {
             dir: dir.to_owned(),
+            files,
             tensors,
         })
     }
@@ -90,12 +94,9 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The safetensors files it consists of, sorted.
-    pub fn files(&self) -> Vec<&Path> {
-        let mut files: Vec<&Path> = self.tensors.values().map(|entry| &*entry.path).collect();
-        files.sort_unstable();
-        files.dedup();
-        files
+    /// The safetensors files it consists of, sorted; also one that holds nothing but tensors that are left out.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// Whether there is a tensor `name`.

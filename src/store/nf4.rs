@@ -180,12 +180,6 @@ impl Nf4Matrix {
         })
     }
 
-    /// Bytes of codes and scales.
-    pub fn num_bytes(&self) -> usize {
-        let double_quant = matches!(self.absmax, Absmax::Nested { .. });
-        num_bytes(self.out_features * self.in_features, double_quant)
-    }
-
     /// Borrows codes and scales for dequantising.
     ///
     /// # Errors
