@@ -202,11 +202,11 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LinearAlignParams {
     pub out: u64,
-    pub in_: u64,
+    pub d_out: u64,
     pub step: u64,
     pub num_cols: u32,
     pub stride: u32,
-    pub in_is_f32: u32,
+    pub is_f32: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -215,16 +215,16 @@ const _: () = {
     ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
     ["Offset of field: LinearAlignParams::out"]
         [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
-    ["Offset of field: LinearAlignParams::in_"]
-        [::std::mem::offset_of!(LinearAlignParams, in_) - 8usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
     ["Offset of field: LinearAlignParams::step"]
         [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
     ["Offset of field: LinearAlignParams::num_cols"]
         [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
     ["Offset of field: LinearAlignParams::stride"]
         [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
-    ["Offset of field: LinearAlignParams::in_is_f32"]
-        [::std::mem::offset_of!(LinearAlignParams, in_is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
     ["Offset of field: LinearAlignParams::reserved"]
         [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
 };
