@@ -15,44 +15,64 @@ pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
 pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const LINEAR_THREADS: u32 = 128;
+pub const LINEAR_MAX_PROJECTIONS: u32 = 4;
+pub const LINEAR_TILE: u32 = 128;
+pub const LINEAR_SMALL_TILE: u32 = 64;
+pub const LINEAR_SMALL_ROWS: u32 = 256;
+pub const LINEAR_SHARED_NF4: u32 = 82944;
+pub const LINEAR_SHARED_DENSE: u32 = 99328;
+pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
+pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
+pub const LORA_THREADS: u32 = 128;
+pub const LORA_ROWS: u32 = 64;
+pub const LORA_RANKS: u32 = 64;
+pub const LORA_GRAD_COLS: u32 = 128;
+pub const LORA_GRAD_TOKENS: u32 = 1024;
+pub const LORA_MAX_JOBS: u32 = 8;
+pub const LORA_GRAD_SHARED: u32 = 57344;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SWIGLU_THREADS: u32 = 256;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
+pub struct Nf4Weight {
     pub codes: u64,
     pub absmax: u64,
     pub nested_codes: u64,
     pub nested_absmax: u64,
     pub dynamic_code: u64,
-    pub num_elements: u64,
-    pub offset: f32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
     ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
     ["Offset of field: Nf4DequantizeParams::out"]
         [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
     ["Offset of field: Nf4DequantizeParams::num_elements"]
         [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -113,6 +133,248 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraModule {
+    pub a: u64,
+    pub b: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub scaling: f32,
+    pub module: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraModule"][::std::mem::size_of::<LoraModule>() - 40usize];
+    ["Alignment of LoraModule"][::std::mem::align_of::<LoraModule>() - 8usize];
+    ["Offset of field: LoraModule::a"][::std::mem::offset_of!(LoraModule, a) - 0usize];
+    ["Offset of field: LoraModule::b"][::std::mem::offset_of!(LoraModule, b) - 8usize];
+    ["Offset of field: LoraModule::rank"][::std::mem::offset_of!(LoraModule, rank) - 16usize];
+    ["Offset of field: LoraModule::first_column"]
+        [::std::mem::offset_of!(LoraModule, first_column) - 20usize];
+    ["Offset of field: LoraModule::scaling"][::std::mem::offset_of!(LoraModule, scaling) - 24usize];
+    ["Offset of field: LoraModule::module"][::std::mem::offset_of!(LoraModule, module) - 28usize];
+    ["Offset of field: LoraModule::dropout_threshold"]
+        [::std::mem::offset_of!(LoraModule, dropout_threshold) - 32usize];
+    ["Offset of field: LoraModule::keep_scale"]
+        [::std::mem::offset_of!(LoraModule, keep_scale) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearProjection {
+    pub out: u64,
+    pub dense: u64,
+    pub nf4: Nf4Weight,
+    pub bias: u64,
+    pub lora: LoraModule,
+    pub out_features: u32,
+    pub first_tile: u32,
+    pub out_is_f32: u32,
+    pub out_stride: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearProjection"][::std::mem::size_of::<LinearProjection>() - 120usize];
+    ["Alignment of LinearProjection"][::std::mem::align_of::<LinearProjection>() - 8usize];
+    ["Offset of field: LinearProjection::out"]
+        [::std::mem::offset_of!(LinearProjection, out) - 0usize];
+    ["Offset of field: LinearProjection::dense"]
+        [::std::mem::offset_of!(LinearProjection, dense) - 8usize];
+    ["Offset of field: LinearProjection::nf4"]
+        [::std::mem::offset_of!(LinearProjection, nf4) - 16usize];
+    ["Offset of field: LinearProjection::bias"]
+        [::std::mem::offset_of!(LinearProjection, bias) - 56usize];
+    ["Offset of field: LinearProjection::lora"]
+        [::std::mem::offset_of!(LinearProjection, lora) - 64usize];
+    ["Offset of field: LinearProjection::out_features"]
+        [::std::mem::offset_of!(LinearProjection, out_features) - 104usize];
+    ["Offset of field: LinearProjection::first_tile"]
+        [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
+    ["Offset of field: LinearProjection::out_is_f32"]
+        [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
+    ["Offset of field: LinearProjection::out_stride"]
+        [::std::mem::offset_of!(LinearProjection, out_stride) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearAlignParams {
+    pub out: u64,
+    pub d_out: u64,
+    pub step: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_f32: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearAlignParams"][::std::mem::size_of::<LinearAlignParams>() - 40usize];
+    ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
+    ["Offset of field: LinearAlignParams::out"]
+        [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
+    ["Offset of field: LinearAlignParams::step"]
+        [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
+    ["Offset of field: LinearAlignParams::num_cols"]
+        [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
+    ["Offset of field: LinearAlignParams::stride"]
+        [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::reserved"]
+        [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearParams {
+    pub projections: [LinearProjection; 4usize],
+    pub h: u64,
+    pub d_x: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub row_tiles: u32,
+    pub col_tiles: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearParams"][::std::mem::size_of::<LinearParams>() - 560usize];
+    ["Alignment of LinearParams"][::std::mem::align_of::<LinearParams>() - 8usize];
+    ["Offset of field: LinearParams::projections"]
+        [::std::mem::offset_of!(LinearParams, projections) - 0usize];
+    ["Offset of field: LinearParams::h"][::std::mem::offset_of!(LinearParams, h) - 480usize];
+    ["Offset of field: LinearParams::d_x"][::std::mem::offset_of!(LinearParams, d_x) - 488usize];
+    ["Offset of field: LinearParams::x"][::std::mem::offset_of!(LinearParams, x) - 496usize];
+    ["Offset of field: LinearParams::xa"][::std::mem::offset_of!(LinearParams, xa) - 504usize];
+    ["Offset of field: LinearParams::lora"][::std::mem::offset_of!(LinearParams, lora) - 512usize];
+    ["Offset of field: LinearParams::step"][::std::mem::offset_of!(LinearParams, step) - 520usize];
+    ["Offset of field: LinearParams::num_projections"]
+        [::std::mem::offset_of!(LinearParams, num_projections) - 528usize];
+    ["Offset of field: LinearParams::in_features"]
+        [::std::mem::offset_of!(LinearParams, in_features) - 532usize];
+    ["Offset of field: LinearParams::xa_width"]
+        [::std::mem::offset_of!(LinearParams, xa_width) - 536usize];
+    ["Offset of field: LinearParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LinearParams, lora_is_bf16) - 540usize];
+    ["Offset of field: LinearParams::row_tiles"]
+        [::std::mem::offset_of!(LinearParams, row_tiles) - 544usize];
+    ["Offset of field: LinearParams::col_tiles"]
+        [::std::mem::offset_of!(LinearParams, col_tiles) - 548usize];
+    ["Offset of field: LinearParams::accumulate"]
+        [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
+    ["Offset of field: LinearParams::reserved"]
+        [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraProjectParams {
+    pub modules: [LoraModule; 4usize],
+    pub rows: [u64; 4usize],
+    pub num_cols: [u32; 4usize],
+    pub strides: [u32; 4usize],
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraProjectParams"][::std::mem::size_of::<LoraProjectParams>() - 256usize];
+    ["Alignment of LoraProjectParams"][::std::mem::align_of::<LoraProjectParams>() - 8usize];
+    ["Offset of field: LoraProjectParams::modules"]
+        [::std::mem::offset_of!(LoraProjectParams, modules) - 0usize];
+    ["Offset of field: LoraProjectParams::rows"]
+        [::std::mem::offset_of!(LoraProjectParams, rows) - 160usize];
+    ["Offset of field: LoraProjectParams::num_cols"]
+        [::std::mem::offset_of!(LoraProjectParams, num_cols) - 192usize];
+    ["Offset of field: LoraProjectParams::strides"]
+        [::std::mem::offset_of!(LoraProjectParams, strides) - 208usize];
+    ["Offset of field: LoraProjectParams::xa"]
+        [::std::mem::offset_of!(LoraProjectParams, xa) - 224usize];
+    ["Offset of field: LoraProjectParams::lora"]
+        [::std::mem::offset_of!(LoraProjectParams, lora) - 232usize];
+    ["Offset of field: LoraProjectParams::step"]
+        [::std::mem::offset_of!(LoraProjectParams, step) - 240usize];
+    ["Offset of field: LoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(LoraProjectParams, xa_width) - 248usize];
+    ["Offset of field: LoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LoraProjectParams, lora_is_bf16) - 252usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradJob {
+    pub module: LoraModule,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+    pub first_partial: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradJob"][::std::mem::size_of::<LoraGradJob>() - 80usize];
+    ["Alignment of LoraGradJob"][::std::mem::align_of::<LoraGradJob>() - 8usize];
+    ["Offset of field: LoraGradJob::module"][::std::mem::offset_of!(LoraGradJob, module) - 0usize];
+    ["Offset of field: LoraGradJob::narrow"][::std::mem::offset_of!(LoraGradJob, narrow) - 40usize];
+    ["Offset of field: LoraGradJob::wide"][::std::mem::offset_of!(LoraGradJob, wide) - 48usize];
+    ["Offset of field: LoraGradJob::num_cols"]
+        [::std::mem::offset_of!(LoraGradJob, num_cols) - 56usize];
+    ["Offset of field: LoraGradJob::stride"][::std::mem::offset_of!(LoraGradJob, stride) - 60usize];
+    ["Offset of field: LoraGradJob::is_b"][::std::mem::offset_of!(LoraGradJob, is_b) - 64usize];
+    ["Offset of field: LoraGradJob::first_tile"]
+        [::std::mem::offset_of!(LoraGradJob, first_tile) - 68usize];
+    ["Offset of field: LoraGradJob::first_partial"]
+        [::std::mem::offset_of!(LoraGradJob, first_partial) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradsParams {
+    pub jobs: [LoraGradJob; 8usize],
+    pub d_lora: u64,
+    pub partials: u64,
+    pub step: u64,
+    pub num_partials: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradsParams"][::std::mem::size_of::<LoraGradsParams>() - 688usize];
+    ["Alignment of LoraGradsParams"][::std::mem::align_of::<LoraGradsParams>() - 8usize];
+    ["Offset of field: LoraGradsParams::jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, jobs) - 0usize];
+    ["Offset of field: LoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora) - 640usize];
+    ["Offset of field: LoraGradsParams::partials"]
+        [::std::mem::offset_of!(LoraGradsParams, partials) - 648usize];
+    ["Offset of field: LoraGradsParams::step"]
+        [::std::mem::offset_of!(LoraGradsParams, step) - 656usize];
+    ["Offset of field: LoraGradsParams::num_partials"]
+        [::std::mem::offset_of!(LoraGradsParams, num_partials) - 664usize];
+    ["Offset of field: LoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, num_jobs) - 672usize];
+    ["Offset of field: LoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(LoraGradsParams, xa_width) - 676usize];
+    ["Offset of field: LoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora_is_bf16) - 680usize];
+    ["Offset of field: LoraGradsParams::reserved"]
+        [::std::mem::offset_of!(LoraGradsParams, reserved) - 684usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
