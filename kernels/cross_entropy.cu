@@ -48,11 +48,15 @@ KERNEL(cross_entropy_loss, CrossEntropyLossParams, p, CROSS_ENTROPY_THREADS) {
     for (unsigned group = threadIdx.x; group < num_groups; group += kThreads)
         sum += group_sum[group] * expf(group_max[group] - largest);
     const float lse = largest + logf(block_sum<kThreads>(sum, sum_partial));
-    if (threadIdx.x == 0) p.token_loss[p.step->target_rows[target]] += lse - p.target_logit[blockIdx.x];
+    const unsigned target_column = p.step->target_ids[target];
+    if (threadIdx.x == 0) {
+        // A target beyond the vocabulary has no logit: the loss tells.
+        const float at_target = target_column < p.vocab_size ? p.target_logit[blockIdx.x] : NAN;
+        p.token_loss[p.step->target_rows[target]] += lse - at_target;
+    }
     if (!p.logits) return;
 
     const float scale = p.step->loss_scale;
-    const unsigned target_column = p.step->target_ids[target];
     bf16* const logits = p.logits + static_cast<size_t>(blockIdx.x) * num_groups * kGroup;
     for (unsigned column = threadIdx.x * kVector; column < num_groups * kGroup; column += kThreads * kVector) {
         const float shift = group_max[column / kGroup] - lse;

@@ -9,5 +9,5 @@ struct EmbeddingForwardParams {
     PTR(const bf16) table;  // [V, D]
     PTR(const StepStateDevice) step;
     uint32_t hidden_size;
-    uint32_t reserved;
+    uint32_t vocab_size;
 };
