@@ -33,11 +33,15 @@ const GRADIENT: Kernel = Kernel {
 };
 /// Logits held at once: 2,048 rows of 151,936.
 const LOGITS_BYTES: usize = 640_000_000;
+/// Rows that fill the device with tiles; more gain nothing.
+const MOST_ROWS: usize = 2048;
 
-/// Rows of a chunk: as even as whole tiles allow, so that no chunk is much smaller than the others.
-fn chunk_rows(capacity: usize, row_bytes: usize) -> usize {
+/// Rows of a chunk: as even as whole tiles allow, so that no chunk is much smaller than the others. No more than the
+/// vocabulary has: where it is as small as in tests, there are several chunks all the same.
+fn chunk_rows(capacity: usize, vocab_size: usize, row_bytes: usize) -> usize {
     let tile = CROSS_ENTROPY_TILE_ROWS as usize;
-    let most = (LOGITS_BYTES / row_bytes / tile).max(1) * tile;
+    let most = MOST_ROWS.min(vocab_size).min(LOGITS_BYTES / row_bytes);
+    let most = (most / tile).max(1) * tile;
     let num_chunks = capacity.div_ceil(most).max(1);
     capacity.div_ceil(num_chunks).next_multiple_of(tile)
 }
@@ -79,11 +83,11 @@ pub(super) fn forward_backward(
         }
     };
     let step = gpu.step()?;
+    let num_groups = vocab_size.div_ceil(CROSS_ENTROPY_GROUP as usize);
+    let row_bytes = num_groups * CROSS_ENTROPY_GROUP as usize * DType::Bf16.size();
+    let rows = chunk_rows(x.capacity, vocab_size, row_bytes);
     let hidden_size = check::to_u32(OP, "hidden_size", hidden)?;
     let vocab_size = check::to_u32(OP, "vocab_size", vocab_size)?;
-    let num_groups = vocab_size.div_ceil(CROSS_ENTROPY_GROUP) as usize;
-    let row_bytes = num_groups * CROSS_ENTROPY_GROUP as usize * DType::Bf16.size();
-    let rows = chunk_rows(x.capacity, row_bytes);
 
     let mut frame = gpu.scratch.frame();
     let logits = match d_x {

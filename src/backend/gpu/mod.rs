@@ -146,6 +146,10 @@ impl Ops for Gpu {
         Ok([place(gate)?, place(up)?, place(down)?])
     }
 
+    fn quantize(&self, weights: &Tensor, double_quant: bool) -> Result<Weight> {
+        nf4::quantize(self, weights, double_quant).map(Weight::Nf4)
+    }
+
     fn reserve(
         &self,
         capacity: usize,
