@@ -7,6 +7,8 @@
 #define CROSS_ENTROPY_MATMUL_THREADS 256
 // Columns of a row of logits that share a maximum.
 #define CROSS_ENTROPY_GROUP 64
+// Rows that a block of cross_entropy_gradient_sum makes.
+#define CROSS_ENTROPY_SUM_ROWS 8
 // Rows and columns of an output tile of the two products.
 #define CROSS_ENTROPY_TILE_ROWS 128
 #define CROSS_ENTROPY_TILE_COLUMNS 256
@@ -47,8 +49,10 @@ struct CrossEntropyClearParams {
     uint32_t reserved;
 };
 
+// cross_entropy_gradient, cross_entropy_gradient_sum.
 struct CrossEntropyGradientParams {
     PTR(bf16) d_x;             // [T, D] rows that have a target
+    PTR(float) partial;        // [num_multiprocessors, 128, 256] sums of tiles over a part of the vocabulary
     PTR(const bf16) d_logits;  // [C, Vp]
     PTR(const bf16) head;      // [V, D]
     PTR(const StepStateDevice) step;
@@ -56,4 +60,6 @@ struct CrossEntropyGradientParams {
     uint32_t num_rows;
     uint32_t hidden_size;
     uint32_t vocab_size;
+    uint32_t num_multiprocessors;
+    uint32_t reserved;
 };

@@ -4,9 +4,9 @@ use super::driver::{Grid, Kernel};
 use super::elementwise::{VECTOR, dense};
 use super::params::{
     CROSS_ENTROPY_CLEAR_THREADS, CROSS_ENTROPY_GROUP, CROSS_ENTROPY_MATMUL_THREADS,
-    CROSS_ENTROPY_SHARED_BYTES, CROSS_ENTROPY_THREADS, CROSS_ENTROPY_TILE_COLUMNS,
-    CROSS_ENTROPY_TILE_ROWS, CrossEntropyClearParams, CrossEntropyGradientParams,
-    CrossEntropyLogitsParams, CrossEntropyLossParams,
+    CROSS_ENTROPY_SHARED_BYTES, CROSS_ENTROPY_SUM_ROWS, CROSS_ENTROPY_THREADS,
+    CROSS_ENTROPY_TILE_COLUMNS, CROSS_ENTROPY_TILE_ROWS, CrossEntropyClearParams,
+    CrossEntropyGradientParams, CrossEntropyLogitsParams, CrossEntropyLossParams,
 };
 use super::{Gpu, check};
 use crate::error::{Error, Result};
@@ -31,6 +31,12 @@ const GRADIENT: Kernel = Kernel {
     name: "cross_entropy_gradient",
     threads: CROSS_ENTROPY_MATMUL_THREADS,
 };
+const GRADIENT_SUM: Kernel = Kernel {
+    name: "cross_entropy_gradient_sum",
+    threads: CROSS_ENTROPY_MATMUL_THREADS,
+};
+/// Stages of depth that the products go through.
+const DEPTH: u32 = 64;
 /// Logits held at once: 2,048 rows of 151,936.
 const LOGITS_BYTES: usize = 640_000_000;
 /// Rows that fill the device with tiles; more gain nothing.
@@ -97,6 +103,12 @@ pub(super) fn forward_backward(
     let group_max = frame.take("group_max", rows * num_groups * 4)?;
     let group_sum = frame.take("group_sum", rows * num_groups * 4)?;
     let target_logit = frame.take("target_logit", rows * 4)?;
+    let num_multiprocessors = gpu.driver().info().num_multiprocessors;
+    let tile_bytes = CROSS_ENTROPY_TILE_ROWS * CROSS_ENTROPY_TILE_COLUMNS * 4;
+    let partial = match d_x {
+        Some(_) => frame.take("partial", (num_multiprocessors * tile_bytes) as usize)?,
+        None => 0,
+    };
     if let Some(d_x) = d_x {
         let params = CrossEntropyClearParams {
             d_x,
@@ -142,6 +154,7 @@ pub(super) fn forward_backward(
         };
         let params = CrossEntropyGradientParams {
             d_x,
+            partial,
             d_logits: logits,
             head: head.address,
             step,
@@ -149,9 +162,16 @@ pub(super) fn forward_backward(
             num_rows,
             hidden_size,
             vocab_size,
+            num_multiprocessors,
+            reserved: 0,
         };
-        let grid = Grid::plane(hidden_size.div_ceil(CROSS_ENTROPY_TILE_COLUMNS), row_tiles);
-        gpu.launch(GRADIENT, matmul(grid), &params)?;
+        // As many tiles as there may be, or, where there are fewer than multiprocessors, parts of their sums.
+        let tiles = row_tiles * hidden_size.div_ceil(CROSS_ENTROPY_TILE_COLUMNS);
+        let parts = (tiles * vocab_size.div_ceil(DEPTH)).min(num_multiprocessors);
+        gpu.launch(GRADIENT, matmul(Grid::line(tiles.max(parts))), &params)?;
+        let tiles_in_parts = tiles.min(num_multiprocessors / 2);
+        let blocks = tiles_in_parts * (CROSS_ENTROPY_TILE_ROWS / CROSS_ENTROPY_SUM_ROWS);
+        gpu.launch(GRADIENT_SUM, Grid::line(blocks), &params)?;
     }
     Ok(())
 }

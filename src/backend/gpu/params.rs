@@ -15,6 +15,7 @@ pub const CROSS_ENTROPY_THREADS: u32 = 512;
 pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_MATMUL_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_GROUP: u32 = 64;
+pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
 pub const CROSS_ENTROPY_TILE_ROWS: u32 = 128;
 pub const CROSS_ENTROPY_TILE_COLUMNS: u32 = 256;
 pub const CROSS_ENTROPY_SHARED_BYTES: u32 = 147456;
@@ -23,6 +24,15 @@ pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
 pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const LINEAR_THREADS: u32 = 128;
+pub const LINEAR_MAX_PROJECTIONS: u32 = 4;
+pub const LINEAR_TILE: u32 = 128;
+pub const LINEAR_SMALL_TILE: u32 = 64;
+pub const LINEAR_SMALL_ROWS: u32 = 256;
+pub const LINEAR_SHARED_NF4: u32 = 82944;
+pub const LINEAR_SHARED_DENSE: u32 = 99328;
+pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
+pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
 pub const NF4_QUANTIZE_THREADS: u32 = 256;
 pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
 pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
@@ -194,6 +204,7 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct CrossEntropyGradientParams {
     pub d_x: u64,
+    pub partial: u64,
     pub d_logits: u64,
     pub head: u64,
     pub step: u64,
@@ -201,29 +212,37 @@ pub struct CrossEntropyGradientParams {
     pub num_rows: u32,
     pub hidden_size: u32,
     pub vocab_size: u32,
+    pub num_multiprocessors: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of CrossEntropyGradientParams"]
-        [::std::mem::size_of::<CrossEntropyGradientParams>() - 48usize];
+        [::std::mem::size_of::<CrossEntropyGradientParams>() - 64usize];
     ["Alignment of CrossEntropyGradientParams"]
         [::std::mem::align_of::<CrossEntropyGradientParams>() - 8usize];
     ["Offset of field: CrossEntropyGradientParams::d_x"]
         [::std::mem::offset_of!(CrossEntropyGradientParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyGradientParams::partial"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, partial) - 8usize];
     ["Offset of field: CrossEntropyGradientParams::d_logits"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, d_logits) - 8usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_logits) - 16usize];
     ["Offset of field: CrossEntropyGradientParams::head"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, head) - 16usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, head) - 24usize];
     ["Offset of field: CrossEntropyGradientParams::step"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, step) - 24usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, step) - 32usize];
     ["Offset of field: CrossEntropyGradientParams::first_target"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, first_target) - 32usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, first_target) - 40usize];
     ["Offset of field: CrossEntropyGradientParams::num_rows"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, num_rows) - 36usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_rows) - 44usize];
     ["Offset of field: CrossEntropyGradientParams::hidden_size"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, hidden_size) - 40usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, hidden_size) - 48usize];
     ["Offset of field: CrossEntropyGradientParams::vocab_size"]
-        [::std::mem::offset_of!(CrossEntropyGradientParams, vocab_size) - 44usize];
+        [::std::mem::offset_of!(CrossEntropyGradientParams, vocab_size) - 52usize];
+    ["Offset of field: CrossEntropyGradientParams::num_multiprocessors"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_multiprocessors) - 56usize];
+    ["Offset of field: CrossEntropyGradientParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, reserved) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -252,39 +271,155 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
+pub struct Nf4Weight {
     pub codes: u64,
     pub absmax: u64,
     pub nested_codes: u64,
     pub nested_absmax: u64,
     pub dynamic_code: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
     pub num_elements: u64,
-    pub offset: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraModule {
+    pub a: u64,
+    pub b: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub scaling: f32,
+    pub module: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraModule"][::std::mem::size_of::<LoraModule>() - 40usize];
+    ["Alignment of LoraModule"][::std::mem::align_of::<LoraModule>() - 8usize];
+    ["Offset of field: LoraModule::a"][::std::mem::offset_of!(LoraModule, a) - 0usize];
+    ["Offset of field: LoraModule::b"][::std::mem::offset_of!(LoraModule, b) - 8usize];
+    ["Offset of field: LoraModule::rank"][::std::mem::offset_of!(LoraModule, rank) - 16usize];
+    ["Offset of field: LoraModule::first_column"]
+        [::std::mem::offset_of!(LoraModule, first_column) - 20usize];
+    ["Offset of field: LoraModule::scaling"][::std::mem::offset_of!(LoraModule, scaling) - 24usize];
+    ["Offset of field: LoraModule::module"][::std::mem::offset_of!(LoraModule, module) - 28usize];
+    ["Offset of field: LoraModule::dropout_threshold"]
+        [::std::mem::offset_of!(LoraModule, dropout_threshold) - 32usize];
+    ["Offset of field: LoraModule::keep_scale"]
+        [::std::mem::offset_of!(LoraModule, keep_scale) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearProjection {
+    pub out: u64,
+    pub dense: u64,
+    pub nf4: Nf4Weight,
+    pub bias: u64,
+    pub lora: LoraModule,
+    pub out_features: u32,
+    pub first_tile: u32,
+    pub out_is_f32: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
+    ["Size of LinearProjection"][::std::mem::size_of::<LinearProjection>() - 120usize];
+    ["Alignment of LinearProjection"][::std::mem::align_of::<LinearProjection>() - 8usize];
+    ["Offset of field: LinearProjection::out"]
+        [::std::mem::offset_of!(LinearProjection, out) - 0usize];
+    ["Offset of field: LinearProjection::dense"]
+        [::std::mem::offset_of!(LinearProjection, dense) - 8usize];
+    ["Offset of field: LinearProjection::nf4"]
+        [::std::mem::offset_of!(LinearProjection, nf4) - 16usize];
+    ["Offset of field: LinearProjection::bias"]
+        [::std::mem::offset_of!(LinearProjection, bias) - 56usize];
+    ["Offset of field: LinearProjection::lora"]
+        [::std::mem::offset_of!(LinearProjection, lora) - 64usize];
+    ["Offset of field: LinearProjection::out_features"]
+        [::std::mem::offset_of!(LinearProjection, out_features) - 104usize];
+    ["Offset of field: LinearProjection::first_tile"]
+        [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
+    ["Offset of field: LinearProjection::out_is_f32"]
+        [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
+    ["Offset of field: LinearProjection::reserved"]
+        [::std::mem::offset_of!(LinearProjection, reserved) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearParams {
+    pub projections: [LinearProjection; 4usize],
+    pub h: u64,
+    pub d_x: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub row_tiles: u32,
+    pub col_tiles: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearParams"][::std::mem::size_of::<LinearParams>() - 560usize];
+    ["Alignment of LinearParams"][::std::mem::align_of::<LinearParams>() - 8usize];
+    ["Offset of field: LinearParams::projections"]
+        [::std::mem::offset_of!(LinearParams, projections) - 0usize];
+    ["Offset of field: LinearParams::h"][::std::mem::offset_of!(LinearParams, h) - 480usize];
+    ["Offset of field: LinearParams::d_x"][::std::mem::offset_of!(LinearParams, d_x) - 488usize];
+    ["Offset of field: LinearParams::x"][::std::mem::offset_of!(LinearParams, x) - 496usize];
+    ["Offset of field: LinearParams::xa"][::std::mem::offset_of!(LinearParams, xa) - 504usize];
+    ["Offset of field: LinearParams::lora"][::std::mem::offset_of!(LinearParams, lora) - 512usize];
+    ["Offset of field: LinearParams::step"][::std::mem::offset_of!(LinearParams, step) - 520usize];
+    ["Offset of field: LinearParams::num_projections"]
+        [::std::mem::offset_of!(LinearParams, num_projections) - 528usize];
+    ["Offset of field: LinearParams::in_features"]
+        [::std::mem::offset_of!(LinearParams, in_features) - 532usize];
+    ["Offset of field: LinearParams::xa_width"]
+        [::std::mem::offset_of!(LinearParams, xa_width) - 536usize];
+    ["Offset of field: LinearParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LinearParams, lora_is_bf16) - 540usize];
+    ["Offset of field: LinearParams::row_tiles"]
+        [::std::mem::offset_of!(LinearParams, row_tiles) - 544usize];
+    ["Offset of field: LinearParams::col_tiles"]
+        [::std::mem::offset_of!(LinearParams, col_tiles) - 548usize];
+    ["Offset of field: LinearParams::accumulate"]
+        [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
+    ["Offset of field: LinearParams::reserved"]
+        [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
