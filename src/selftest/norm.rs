@@ -18,7 +18,10 @@ struct Shape {
 impl Shape {
     fn label(self) -> String {
         let centre = if self.zero_centered { " 1+w" } else { "" };
-        format!("T{}/{} D{}{centre}", self.tokens, self.capacity, self.hidden)
+        format!(
+            "T{}/{} D{}{centre}",
+            self.tokens, self.capacity, self.hidden
+        )
     }
 
     fn rows(self) -> [usize; 2] {

@@ -78,9 +78,12 @@ pub(super) fn forward_backward(
     }
     let d_x = match d_x {
         GradOut::Skip => None,
-        GradOut::Overwrite(tensor) => {
-            Some(check::rows_of(OP, tensor, DType::Bf16, [x.capacity, hidden])?)
-        }
+        GradOut::Overwrite(tensor) => Some(check::rows_of(
+            OP,
+            tensor,
+            DType::Bf16,
+            [x.capacity, hidden],
+        )?),
         GradOut::Add(_) => {
             return Err(Error::Unsupported {
                 what: format!("{OP} that adds to `d_x`"),
