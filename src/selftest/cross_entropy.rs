@@ -130,10 +130,10 @@ pub(super) fn cases() -> Vec<Case> {
         // Sharp: most of the probability on few columns.
         shape(&[17], 17, 128, 257, 2.0),
         // Several chunks of 128 rows, and chunks beyond the targets.
-        shape(&[97, 1, 130], 300, 40, 65, 0.25),
+        shape(&[97, 1, 100], 260, 40, 65, 0.25),
         // Several tiles of hidden columns, one group of logits: sums that are not cut into parts.
         shape(&[19], 20, 264, 63, 0.125),
-        shape(&[131, 70], 201, 48, 33, 0.25),
+        shape(&[131, 70], 201, 24, 33, 0.25),
     ];
     let case = |shape: Shape| {
         Case::new(

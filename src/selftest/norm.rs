@@ -36,13 +36,11 @@ impl Shape {
         values(self.hidden, 9)
     }
 
-    fn factor(self, column: usize) -> f64 {
-        let weight = f64::from(self.weight()[column]);
-        if self.zero_centered {
-            1.0 + weight
-        } else {
-            weight
-        }
+    /// What the weights stand for.
+    fn factors(self) -> Vec<f64> {
+        let offset = if self.zero_centered { 1.0 } else { 0.0 };
+        let factor = |weight: &f32| offset + f64::from(*weight);
+        self.weight().iter().map(factor).collect()
     }
 
     fn spec(self) -> NormSpec {
@@ -62,15 +60,20 @@ fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
 }
 
-fn oracle_forward(shape: Shape, x: &[f64]) -> Outputs {
+/// Normed rows, and the inverse root mean square of each.
+fn normalize(shape: Shape, x: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let factors = shape.factors();
     let (mut out, mut rstds) = (Vec::new(), Vec::new());
     for row in x.chunks(shape.hidden) {
         let rstd = rstd(row);
-        let column = |(i, x): (usize, &f64)| x * rstd * shape.factor(i);
-        out.extend(row.iter().enumerate().map(column));
+        out.extend(
+            row.iter()
+                .zip(&factors)
+                .map(|(x, factor)| x * rstd * factor),
+        );
         rstds.push(rstd);
     }
-    Outputs::new().activation("out", out).f32("rstd", rstds)
+    (out, rstds)
 }
 
 fn forward(shape: Shape) -> Case {
@@ -88,7 +91,10 @@ fn forward(shape: Shape) -> Case {
             .activation("out", stage.read_rows(&out, shape.tokens)?)
             .f32("rstd", stage.read_rows(&rstd, shape.tokens)?))
     };
-    let oracle = move || oracle_forward(shape, &wide(&shape.values(1)));
+    let oracle = move || {
+        let (out, rstd) = normalize(shape, &wide(&shape.values(1)));
+        Outputs::new().activation("out", out).f32("rstd", rstd)
+    };
     Case::new("rms_norm_forward", shape.label(), run, oracle)
 }
 
@@ -120,16 +126,11 @@ fn add_forward(shape: Shape) -> Case {
     let oracle = move || {
         let (x, delta) = (wide(&shape.values(1)), wide(&shape.values(2)));
         let sum: Vec<f64> = x.iter().zip(&delta).map(|(x, delta)| x + delta).collect();
-        let rstds = sum.chunks(shape.hidden).map(rstd).collect();
-        let out = sum.chunks(shape.hidden).flat_map(|row| {
-            let rstd = rstd(row);
-            let column = move |(i, x): (usize, &f64)| x * rstd * shape.factor(i);
-            row.iter().enumerate().map(column).collect::<Vec<_>>()
-        });
+        let (out, rstd) = normalize(shape, &sum);
         // The norm is that of the rounded sum: its inverse is as exact as an activation.
         Outputs::new()
-            .activation("out", out.collect())
-            .activation("rstd", rstds)
+            .activation("out", out)
+            .activation("rstd", rstd)
             .activation("sum", sum)
     };
     Case::new("add_rms_norm_forward", shape.label(), run, oracle)
@@ -170,6 +171,7 @@ fn backward(shape: Shape, accumulate: bool) -> Case {
     };
     let oracle = move || {
         let (x, d_out) = (wide(&shape.values(1)), wide(&shape.values(2)));
+        let factors = shape.factors();
         let mut d_x = if accumulate {
             wide(&shape.values(3))
         } else {
@@ -177,10 +179,10 @@ fn backward(shape: Shape, accumulate: bool) -> Case {
         };
         for (row, rstd) in saved().into_iter().enumerate() {
             let (rstd, at) = (f64::from(rstd), row * shape.hidden);
-            let product = |i: usize| d_out[at + i] * shape.factor(i) * x[at + i] * rstd;
+            let product = |i: usize| d_out[at + i] * factors[i] * x[at + i] * rstd;
             let mean = (0..shape.hidden).map(product).sum::<f64>() / shape.hidden as f64;
             for i in 0..shape.hidden {
-                d_x[at + i] += rstd * (d_out[at + i] * shape.factor(i) - x[at + i] * rstd * mean);
+                d_x[at + i] += rstd * (d_out[at + i] * factors[i] - x[at + i] * rstd * mean);
             }
         }
         Outputs::new().activation("d_x", d_x)
