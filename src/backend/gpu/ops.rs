@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::step::StepBuffers;
 use super::{
     Gpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, gated_norm,
-    linear, moe, norm, place, rope, route,
+    linear, moe, nf4, norm, place, rope, route,
 };
 use crate::error::Result;
 use crate::ops::{
