@@ -9,8 +9,8 @@
 // Tiles of 128 rows and 256 columns by 8 warps of 64 by 64, 144 KB of shared memory, one block per multiprocessor.
 // grid: logits (C / 128, V / 256), so that the row tiles that read the same part of W run together; gradient (tiles, at least one
 // block per multiprocessor), block 256.
-// Where the gradient has tiles for half of the multiprocessors or fewer (the last rows of a step), its sum over V is cut into parts
-// that run side by side; cross_entropy_gradient_sum adds them in order. grid (multiprocessors / 2 * 16), block 256.
+// Where the gradient has tiles for half of the multiprocessors or fewer (the last rows of a step), its sum over V is cut into
+// parts that run side by side; cross_entropy_gradient_sum adds them in order. grid (multiprocessors / 2 * 16), block 256.
 // f32 accumulation in a fixed order, one rounding to bf16: deterministic. The statistics are of the unrounded logits.
 // Preconditions (the launcher checks): D a multiple of 8, rows 16-byte aligned; d_z is zero from V to Vp.
 // Cost: 2 V D FLOP per row in each; 1.27 TFLOP for 2,048 rows of V 151,936 and D 2,048, 1.6 ms at 790 TFLOP/s. W and z pass

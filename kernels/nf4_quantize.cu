@@ -125,8 +125,9 @@ KERNEL(nf4_quantize, Nf4QuantizeParams, p, NF4_QUANTIZE_THREADS) {
 KERNEL(nf4_absmax_sums, Nf4AbsmaxSumsParams, p, NF4_QUANTIZE_THREADS) {
     SHARED(double, partial, kThreads / kWarpSize);
     double sum = 0.0;
+    const size_t first = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
     const size_t stride = static_cast<size_t>(NF4_QUANTIZE_PARTIALS) * kThreads;
-    for (size_t at = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x; at < p.num_blocks; at += stride) sum += p.absmax[at];
+    for (size_t at = first; at < p.num_blocks; at += stride) sum += p.absmax[at];
     sum = block_sum_f64(sum, partial);
     if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
 }
