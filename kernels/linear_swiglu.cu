@@ -18,8 +18,8 @@ struct AddOfPair {
     bool is_second;
 
     METHOD void begin(unsigned, unsigned) {}
-    METHOD void operator()(unsigned, unsigned col, float (&sum)[4], const float (&product)[4]) const {
-        if (Pairing<kHalf>::is_second(col) == is_second) AddScaled{scaling}(0, col, sum, product);
+    METHOD void operator()(unsigned index, unsigned col, float (&sum)[4], const float (&product)[4]) const {
+        if (Pairing<kHalf>::is_second(col) == is_second) AddScaled{scaling}(index, col, sum, product);
     }
 };
 

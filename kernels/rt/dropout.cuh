@@ -65,15 +65,18 @@ template <class Tile>
 struct AddDropped {
     Dropout mask;
     unsigned first_row, first_col;
-    uint32_t kept = 0;
+    uint32_t kept[Tile::kFragmentsM] = {};  // of each row of fragments
 
     METHOD AddDropped(const Dropout& mask, unsigned first_row, unsigned first_col)
         : mask(mask), first_row(first_row), first_col(first_col) {}
     METHOD void begin(unsigned row, unsigned col) {
-        kept = mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, first_row + row, first_col + col) : ~0u;
+        UNROLL for (unsigned m = 1; m < Tile::kFragmentsM; ++m) kept[m - 1] = kept[m];
+        kept[Tile::kFragmentsM - 1] =
+            mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, first_row + row, first_col + col) : ~0u;
     }
-    METHOD void operator()(unsigned n, unsigned, float (&sum)[4], const float (&product)[4]) const {
+    METHOD void operator()(unsigned index, unsigned, float (&sum)[4], const float (&product)[4]) const {
+        const uint32_t bits = kept[index / Tile::kFragmentsN] >> index % Tile::kFragmentsN * 4;
         UNROLL for (unsigned i = 0; i < 4; ++i)
-            if (kept >> (4 * n + i) & 1) sum[i] += mask.keep_scale * product[i];
+            if (bits >> i & 1) sum[i] += mask.keep_scale * product[i];
     }
 };
