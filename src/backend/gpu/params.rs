@@ -11,6 +11,15 @@
     reason = "generated"
 )]
 
+pub const ATTENTION_THREADS: u32 = 128;
+pub const ATTENTION_WIDE_THREADS: u32 = 256;
+pub const ATTENTION_QUERIES: u32 = 128;
+pub const ATTENTION_KEYS: u32 = 64;
+pub const ATTENTION_TILE: u32 = 64;
+pub const ATTENTION_PADDING: u32 = 8;
+pub const ATTENTION_DELTA_THREADS: u32 = 256;
+pub const ATTENTION_DELTA_ROWS: u32 = 32;
+pub const ATTENTION_GATE_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_THREADS: u32 = 512;
 pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_GROUP: u32 = 64;
@@ -47,6 +56,7 @@ pub const LORA_GRAD_SHARED: u32 = 57344;
 pub const NF4_QUANTIZE_THREADS: u32 = 256;
 pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
 pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
+pub const QK_NORM_ROPE_THREADS: u32 = 128;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SHARED_EXPERT_THREADS: u32 = 256;
@@ -110,6 +120,178 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionForwardParams {
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionForwardParams"][::std::mem::size_of::<AttentionForwardParams>() - 72usize];
+    ["Alignment of AttentionForwardParams"]
+        [::std::mem::align_of::<AttentionForwardParams>() - 8usize];
+    ["Offset of field: AttentionForwardParams::o"]
+        [::std::mem::offset_of!(AttentionForwardParams, o) - 0usize];
+    ["Offset of field: AttentionForwardParams::lse"]
+        [::std::mem::offset_of!(AttentionForwardParams, lse) - 8usize];
+    ["Offset of field: AttentionForwardParams::q"]
+        [::std::mem::offset_of!(AttentionForwardParams, q) - 16usize];
+    ["Offset of field: AttentionForwardParams::k"]
+        [::std::mem::offset_of!(AttentionForwardParams, k) - 24usize];
+    ["Offset of field: AttentionForwardParams::v"]
+        [::std::mem::offset_of!(AttentionForwardParams, v) - 32usize];
+    ["Offset of field: AttentionForwardParams::step"]
+        [::std::mem::offset_of!(AttentionForwardParams, step) - 40usize];
+    ["Offset of field: AttentionForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_key_value_heads) - 52usize];
+    ["Offset of field: AttentionForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionForwardParams, head_dim) - 56usize];
+    ["Offset of field: AttentionForwardParams::window"]
+        [::std::mem::offset_of!(AttentionForwardParams, window) - 60usize];
+    ["Offset of field: AttentionForwardParams::scale"]
+        [::std::mem::offset_of!(AttentionForwardParams, scale) - 64usize];
+    ["Offset of field: AttentionForwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionForwardParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionBackwardParams {
+    pub d_q: u64,
+    pub d_k: u64,
+    pub d_v: u64,
+    pub delta: u64,
+    pub d_o: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionBackwardParams"]
+        [::std::mem::size_of::<AttentionBackwardParams>() - 112usize];
+    ["Alignment of AttentionBackwardParams"]
+        [::std::mem::align_of::<AttentionBackwardParams>() - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_q) - 0usize];
+    ["Offset of field: AttentionBackwardParams::d_k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_k) - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_v) - 16usize];
+    ["Offset of field: AttentionBackwardParams::delta"]
+        [::std::mem::offset_of!(AttentionBackwardParams, delta) - 24usize];
+    ["Offset of field: AttentionBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_o) - 32usize];
+    ["Offset of field: AttentionBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, o) - 40usize];
+    ["Offset of field: AttentionBackwardParams::lse"]
+        [::std::mem::offset_of!(AttentionBackwardParams, lse) - 48usize];
+    ["Offset of field: AttentionBackwardParams::q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, q) - 56usize];
+    ["Offset of field: AttentionBackwardParams::k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, k) - 64usize];
+    ["Offset of field: AttentionBackwardParams::v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, v) - 72usize];
+    ["Offset of field: AttentionBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionBackwardParams, step) - 80usize];
+    ["Offset of field: AttentionBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: AttentionBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: AttentionBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionBackwardParams, head_dim) - 96usize];
+    ["Offset of field: AttentionBackwardParams::window"]
+        [::std::mem::offset_of!(AttentionBackwardParams, window) - 100usize];
+    ["Offset of field: AttentionBackwardParams::scale"]
+        [::std::mem::offset_of!(AttentionBackwardParams, scale) - 104usize];
+    ["Offset of field: AttentionBackwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionBackwardParams, reserved) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateForwardParams {
+    pub y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateForwardParams"]
+        [::std::mem::size_of::<AttentionGateForwardParams>() - 40usize];
+    ["Alignment of AttentionGateForwardParams"]
+        [::std::mem::align_of::<AttentionGateForwardParams>() - 8usize];
+    ["Offset of field: AttentionGateForwardParams::y"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, y) - 0usize];
+    ["Offset of field: AttentionGateForwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, o) - 8usize];
+    ["Offset of field: AttentionGateForwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, q_proj) - 16usize];
+    ["Offset of field: AttentionGateForwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, step) - 24usize];
+    ["Offset of field: AttentionGateForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, num_attention_heads) - 32usize];
+    ["Offset of field: AttentionGateForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, head_dim) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateBackwardParams {
+    pub d_o: u64,
+    pub d_q_proj: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateBackwardParams"]
+        [::std::mem::size_of::<AttentionGateBackwardParams>() - 56usize];
+    ["Alignment of AttentionGateBackwardParams"]
+        [::std::mem::align_of::<AttentionGateBackwardParams>() - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_o) - 0usize];
+    ["Offset of field: AttentionGateBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_q_proj) - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_y"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_y) - 16usize];
+    ["Offset of field: AttentionGateBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, o) - 24usize];
+    ["Offset of field: AttentionGateBackwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, q_proj) - 32usize];
+    ["Offset of field: AttentionGateBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, step) - 40usize];
+    ["Offset of field: AttentionGateBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionGateBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, head_dim) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -388,11 +570,11 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LinearAlignParams {
     pub out: u64,
-    pub in_: u64,
+    pub d_out: u64,
     pub step: u64,
     pub num_cols: u32,
     pub stride: u32,
-    pub in_is_f32: u32,
+    pub is_f32: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -401,16 +583,16 @@ const _: () = {
     ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
     ["Offset of field: LinearAlignParams::out"]
         [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
-    ["Offset of field: LinearAlignParams::in_"]
-        [::std::mem::offset_of!(LinearAlignParams, in_) - 8usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
     ["Offset of field: LinearAlignParams::step"]
         [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
     ["Offset of field: LinearAlignParams::num_cols"]
         [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
     ["Offset of field: LinearAlignParams::stride"]
         [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
-    ["Offset of field: LinearAlignParams::in_is_f32"]
-        [::std::mem::offset_of!(LinearAlignParams, in_is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
     ["Offset of field: LinearAlignParams::reserved"]
         [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
 };
@@ -634,6 +816,148 @@ const _: () = {
         [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, dynamic_code) - 32usize];
     ["Offset of field: Nf4QuantizeAbsmaxParams::num_blocks"]
         [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, num_blocks) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeForwardParams {
+    pub q: u64,
+    pub k: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub eps: f32,
+    pub weight_offset: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeForwardParams"]
+        [::std::mem::size_of::<QkNormRopeForwardParams>() - 120usize];
+    ["Alignment of QkNormRopeForwardParams"]
+        [::std::mem::align_of::<QkNormRopeForwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q) - 0usize];
+    ["Offset of field: QkNormRopeForwardParams::k"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k) - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_rstd) - 16usize];
+    ["Offset of field: QkNormRopeForwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_rstd) - 24usize];
+    ["Offset of field: QkNormRopeForwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeForwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeForwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_weight) - 48usize];
+    ["Offset of field: QkNormRopeForwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_weight) - 56usize];
+    ["Offset of field: QkNormRopeForwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, cos) - 64usize];
+    ["Offset of field: QkNormRopeForwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, sin) - 72usize];
+    ["Offset of field: QkNormRopeForwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, step) - 80usize];
+    ["Offset of field: QkNormRopeForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: QkNormRopeForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: QkNormRopeForwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, head_dim) - 96usize];
+    ["Offset of field: QkNormRopeForwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_head_stride) - 100usize];
+    ["Offset of field: QkNormRopeForwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, rotary_dim) - 104usize];
+    ["Offset of field: QkNormRopeForwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, lanes_per_head) - 108usize];
+    ["Offset of field: QkNormRopeForwardParams::eps"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, eps) - 112usize];
+    ["Offset of field: QkNormRopeForwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, weight_offset) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeBackwardParams {
+    pub d_q_proj: u64,
+    pub d_k_proj: u64,
+    pub d_q: u64,
+    pub d_k: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub weight_offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeBackwardParams"]
+        [::std::mem::size_of::<QkNormRopeBackwardParams>() - 136usize];
+    ["Alignment of QkNormRopeBackwardParams"]
+        [::std::mem::align_of::<QkNormRopeBackwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q_proj) - 0usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k_proj) - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q) - 16usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k) - 24usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_rstd) - 48usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_rstd) - 56usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_weight) - 64usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_weight) - 72usize];
+    ["Offset of field: QkNormRopeBackwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, cos) - 80usize];
+    ["Offset of field: QkNormRopeBackwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, sin) - 88usize];
+    ["Offset of field: QkNormRopeBackwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, step) - 96usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_attention_heads) - 104usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_key_value_heads) - 108usize];
+    ["Offset of field: QkNormRopeBackwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, head_dim) - 112usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_head_stride) - 116usize];
+    ["Offset of field: QkNormRopeBackwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, rotary_dim) - 120usize];
+    ["Offset of field: QkNormRopeBackwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, lanes_per_head) - 124usize];
+    ["Offset of field: QkNormRopeBackwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, weight_offset) - 128usize];
+    ["Offset of field: QkNormRopeBackwardParams::reserved"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, reserved) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
