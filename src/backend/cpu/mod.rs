@@ -8,6 +8,7 @@
 )]
 
 mod adamw;
+mod adamw8;
 mod attention;
 mod cross_entropy;
 mod delta_inputs;
@@ -27,7 +28,7 @@ use half::bf16;
 
 use crate::error::{Error, Result};
 use crate::ops::{
-    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, NormSpec, Ops, QkWeights,
+    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops, QkWeights,
     Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
@@ -589,11 +590,11 @@ impl Ops for Cpu {
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
+        token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport> {
-        adamw::step(params, exp_avg, exp_avg_sq, grads, step)
+        adamw::step(params, moments, grads, token_loss, step)
     }
 }
