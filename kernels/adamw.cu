@@ -85,12 +85,10 @@ DEVICE bf16 rounded_stochastically(float value, uint32_t random) {
 DEVICE void store_bf16(bf16* at, size_t block, const Fragment& in, const AdamWStepDevice& step) {
     for (unsigned half = 0; half < 2; ++half) {
         const uint64_t quad = quad_at(block, half) / kQuad;
-        const uint32_t counter[4] = {static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0, step.step};
-        const uint32_t key[2] = {step.rounding_key_low, step.rounding_key_high};
-        uint32_t random[4];
-        philox4x32(random, counter, key);
+        const Philox4 counter = {{static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0, step.step}};
+        const Philox4 random = philox4x32(counter, step.rounding_key_low, step.rounding_key_high);
         Bf16Quad out;
-        for (unsigned i = 0; i < kQuad; ++i) out.value[i] = rounded_stochastically(in.value[half * kQuad + i], random[i]);
+        for (unsigned i = 0; i < kQuad; ++i) out.value[i] = rounded_stochastically(in.value[half * kQuad + i], random.word[i]);
         *reinterpret_cast<Bf16Quad*>(at + quad_at(block, half)) = out;
     }
 }

@@ -12,7 +12,7 @@ mod common;
 
 use brightrun::backend::cpu::Cpu;
 use brightrun::config::model::ModelConfig;
-use brightrun::config::{MoeLora, Recompute};
+use brightrun::config::{LoraDType, MoeLora, Optimizer, Recompute};
 use brightrun::data::{Batch, StepBatches};
 use brightrun::model::adapter::AdapterSettings;
 use brightrun::model::weights;
@@ -71,6 +71,8 @@ fn case_on(
     let decoder = weights::load(&config, &mut store, settings, 256).unwrap();
     store.verify().unwrap();
     let optimizer = OptimizerSettings {
+        kind: Optimizer::Adamw,
+        lora_dtype: LoraDType::Fp32,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,

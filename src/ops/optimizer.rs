@@ -1,7 +1,9 @@
 //! What the optimizer is told and what it keeps.
 
+use crate::error::Result;
 use crate::random::{self, Stream};
-use crate::tensor::Tensor;
+use crate::tensor::arena::Arena;
+use crate::tensor::{DType, Tensor};
 
 /// Elements of 8-bit moments that share a scale.
 pub const MOMENTS_BLOCKSIZE: usize = 256;
@@ -27,6 +29,71 @@ pub enum Moments {
         /// `[n / 256]` f32, rounded up.
         exp_avg_sq_absmax: Tensor,
     },
+}
+
+impl Moments {
+    /// Memory for the moments of `len` parameters, in 8 bits or f32.
+    ///
+    /// # Errors
+    /// Those of the arena.
+    pub fn alloc(arena: &mut Arena, len: usize, in_8bit: bool) -> Result<Self> {
+        let scales = [len.div_ceil(MOMENTS_BLOCKSIZE)];
+        Ok(if in_8bit {
+            Self::Blockwise8 {
+                exp_avg: arena.alloc("exp_avg", &[len], DType::U8)?,
+                exp_avg_absmax: arena.alloc("exp_avg_absmax", &scales, DType::F32)?,
+                exp_avg_sq: arena.alloc("exp_avg_sq", &[len], DType::U8)?,
+                exp_avg_sq_absmax: arena.alloc("exp_avg_sq_absmax", &scales, DType::F32)?,
+            }
+        } else {
+            Self::F32 {
+                exp_avg: arena.alloc("exp_avg", &[len], DType::F32)?,
+                exp_avg_sq: arena.alloc("exp_avg_sq", &[len], DType::F32)?,
+            }
+        })
+    }
+
+    /// The tensors and their names in a checkpoint. All zero bytes: no steps yet.
+    pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::F32 {
+                exp_avg,
+                exp_avg_sq,
+            } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
+            Self::Blockwise8 {
+                exp_avg,
+                exp_avg_absmax,
+                exp_avg_sq,
+                exp_avg_sq_absmax,
+            } => vec![
+                ("exp_avg", exp_avg),
+                ("exp_avg_absmax", exp_avg_absmax),
+                ("exp_avg_sq", exp_avg_sq),
+                ("exp_avg_sq_absmax", exp_avg_sq_absmax),
+            ],
+        }
+    }
+
+    /// [`Self::tensors`], to be written.
+    pub fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        match self {
+            Self::F32 {
+                exp_avg,
+                exp_avg_sq,
+            } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
+            Self::Blockwise8 {
+                exp_avg,
+                exp_avg_absmax,
+                exp_avg_sq,
+                exp_avg_sq_absmax,
+            } => vec![
+                ("exp_avg", exp_avg),
+                ("exp_avg_absmax", exp_avg_absmax),
+                ("exp_avg_sq", exp_avg_sq),
+                ("exp_avg_sq_absmax", exp_avg_sq_absmax),
+            ],
+        }
+    }
 }
 
 /// `AdamW`'s constants for one step.

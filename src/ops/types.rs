@@ -55,12 +55,14 @@ impl DropoutState {
     /// Mask words of columns `4 * quad .. 4 * quad + 4` of `module`'s input at token `row` of the micro-batch.
     #[inline]
     pub fn words(self, module: u32, row: u32, quad: u32) -> [u32; 4] {
-        let [low, high] = random::key(self.seed);
         let counter = [quad, self.first_token + row, module, self.optimizer_step];
-        random::philox4x32(
-            counter,
-            [low ^ (random::Stream::Dropout as u32) << 24, high],
-        )
+        random::philox4x32(counter, self.key())
+    }
+
+    /// The key of the masks' draws.
+    pub fn key(self) -> [u32; 2] {
+        let [low, high] = random::key(self.seed);
+        [low ^ (random::Stream::Dropout as u32) << 24, high]
     }
 }
 

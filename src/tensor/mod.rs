@@ -3,6 +3,8 @@
 //! Row-major, contiguous. Knows no operation and no file format.
 
 pub mod arena;
+pub mod device;
+mod transfer;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use memmap2::Mmap;
 
+use self::device::DeviceMemory;
 use crate::error::{Error, Result};
 
 /// Element type.
@@ -64,6 +67,7 @@ pub struct Tensor {
 #[derive(Debug, Clone)]
 enum Storage {
     F32(Vec<f32>),
+    Bf16(Vec<bf16>),
     U8(Vec<u8>),
     U32(Vec<u32>),
     I32(Vec<i32>),
@@ -71,6 +75,11 @@ enum Storage {
     Mapped {
         map: Arc<Mmap>,
         bytes: Range<usize>,
+    },
+    /// In a device's memory, from `offset` on; clones share it.
+    Device {
+        memory: Arc<dyn DeviceMemory>,
+        offset: usize,
     },
     /// Counted, not allocated.
     Planned,
@@ -80,7 +89,7 @@ impl Tensor {
     /// Zeros.
     ///
     /// # Panics
-    /// For the 16-bit float types, which the host only ever reads from files.
+    /// For f16, which the host only ever reads from files.
     pub fn zeros(name: impl Into<String>, shape: &[usize], dtype: DType) -> Self {
         let len = shape.iter().product();
         let storage = match dtype {
@@ -88,7 +97,8 @@ impl Tensor {
             DType::U8 => Storage::U8(vec![0; len]),
             DType::U32 => Storage::U32(vec![0; len]),
             DType::I32 => Storage::I32(vec![0; len]),
-            DType::Bf16 | DType::F16 => unreachable!("16-bit floats are not allocated on the host"),
+            DType::Bf16 => Storage::Bf16(vec![bf16::ZERO; len]),
+            DType::F16 => unreachable!("f16 is not allocated on the host"),
         };
         Self {
             name: name.into(),
@@ -106,6 +116,30 @@ impl Tensor {
             dtype,
             storage: Storage::Planned,
         }
+    }
+
+    /// Elements in a device's `memory`, from byte `offset` on; `None` if they do not fit.
+    pub fn on_device(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: DType,
+        memory: &Arc<dyn DeviceMemory>,
+        offset: usize,
+    ) -> Option<Self> {
+        let num_bytes = shape.iter().product::<usize>() * dtype.size();
+        if offset.checked_add(num_bytes)? > memory.num_bytes() {
+            return None;
+        }
+        let storage = Storage::Device {
+            memory: Arc::clone(memory),
+            offset,
+        };
+        Some(Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            storage,
+        })
     }
 
     /// Takes over `values`.
@@ -296,8 +330,12 @@ impl Tensor {
             Storage::F32(values) => {
                 Storage::F32(values[range.start * inner..range.end * inner].to_vec())
             }
+            Storage::Device { memory, offset } => Storage::Device {
+                memory: Arc::clone(memory),
+                offset: offset + range.start * inner * self.dtype.size(),
+            },
             Storage::Planned => Storage::Planned,
-            Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
+            Storage::Bf16(_) | Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
                 return Err(self.mismatch(DType::F32));
             }
         };
@@ -319,10 +357,12 @@ impl Tensor {
             Storage::Mapped { .. } if self.dtype == DType::F32 => {
                 Ok(bytemuck::cast_slice(self.mapped_bytes()))
             }
-            Storage::U8(_)
+            Storage::Bf16(_)
+            | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
+            | Storage::Device { .. }
             | Storage::Planned => Err(self.mismatch(DType::F32)),
         }
     }
@@ -352,11 +392,45 @@ impl Tensor {
             Storage::U8(values) => Ok(values),
             Storage::Mapped { .. } if self.dtype == DType::U8 => Ok(self.mapped_bytes()),
             Storage::F32(_)
+            | Storage::Bf16(_)
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
+            | Storage::Device { .. }
             | Storage::Planned => Err(self.mismatch(DType::U8)),
         }
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not owned `u8` in host memory.
+    pub fn u8_mut(&mut self) -> Result<&mut [u8]> {
+        if let Storage::U8(values) = &mut self.storage {
+            return Ok(values);
+        }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "owned u8",
+        })
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not owned `bf16` in host memory.
+    pub fn bf16_mut(&mut self) -> Result<&mut [bf16]> {
+        if let Storage::Bf16(values) = &mut self.storage {
+            return Ok(values);
+        }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "owned bf16",
+        })
     }
 
     /// Elements.
@@ -407,6 +481,11 @@ impl Tensor {
     pub fn widen(&self, range: Range<usize>, out: &mut [f32]) -> Result<()> {
         match (&self.storage, self.dtype) {
             (Storage::F32(values), _) => out.copy_from_slice(&values[range]),
+            (Storage::Bf16(values), _) => {
+                for (out, value) in out.iter_mut().zip(&values[range]) {
+                    *out = value.to_f32();
+                }
+            }
             (Storage::Mapped { .. }, DType::F32) => {
                 out.copy_from_slice(&bytemuck::cast_slice::<u8, f32>(self.mapped_bytes())[range]);
             }
@@ -425,16 +504,6 @@ impl Tensor {
             _ => return Err(self.mismatch(DType::F32)),
         }
         Ok(())
-    }
-
-    /// All floating-point elements widened to `f32`.
-    ///
-    /// # Errors
-    /// [`Error::DType`] if the tensor is not floating point in host memory.
-    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; self.len()];
-        self.widen(0..self.len(), &mut out)?;
-        Ok(out)
     }
 
     /// Checks the shape on behalf of `op`.
@@ -459,9 +528,11 @@ impl Tensor {
         match &self.storage {
             Storage::Mapped { map, bytes } => Some((map, bytes.clone())),
             Storage::F32(_)
+            | Storage::Bf16(_)
             | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)
+            | Storage::Device { .. }
             | Storage::Planned => None,
         }
     }

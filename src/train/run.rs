@@ -12,14 +12,15 @@ use super::prepare::{Prepared, eval_packing, settings};
 use super::schedule::Schedule;
 use super::stop::StopFlag;
 use super::trainer::{OptimizerSettings, StepReport, Trainer};
-use crate::config::{Env, Resume, TrainConfig};
+use crate::config::{Env, LoraDType, Resume, TrainConfig};
 use crate::data::Batch;
 use crate::durable::Durable;
 use crate::error::{Error, Result};
 use crate::export::{Adapter, PeftVersion, adapter};
 use crate::model::adapter::AdapterSettings;
-use crate::model::weights;
+use crate::model::weights::{self, Placed};
 use crate::store::quantized::{QuantizePolicy, QuantizedStore};
+use crate::tensor::DType;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,10 +88,22 @@ fn lock(output_dir: &Path) -> Result<fs::File> {
 /// Reads the weights and builds the trainer, its adapter at its initial values.
 fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) -> Result<Trainer> {
     let ops = crate::backend::open(config.device)?;
+    if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
+        return Err(Error::Config {
+            origin: "run".to_owned(),
+            reason:
+                "`lora_dtype` is `bf16`, which the CPU backend does not compute with; use `fp32`"
+                    .to_owned(),
+        });
+    }
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));
     let settings = AdapterSettings::new(config);
     let positions = prepared.num_positions();
-    let decoder = weights::load(&prepared.model, &mut store, settings, positions)?;
+    let mut source = Placed {
+        source: &mut store,
+        ops: &*ops,
+    };
+    let decoder = weights::load(&prepared.model, &mut source, settings, positions)?;
     store.verify()?;
     let text = format!("base weights: {}", store.counts());
     observer.event(&Event::Note { text });
@@ -104,8 +117,10 @@ fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) 
     let (capacity, seed) = (prepared.capacity, config.seed);
     let mut trainer = Trainer::new(ops, decoder, optimizer, capacity, config.recompute, seed)?;
     if let (Some(dir), None) = (&config.init_adapter, &prepared.resume) {
-        let layout = prepared.layout.clone();
-        adapter::read(dir, &layout, trainer.adapter_mut().values.f32_mut()?)?;
+        let values = &mut trainer.adapter_mut().values;
+        let mut read = values.to_f32_vec()?;
+        adapter::read(dir, &prepared.layout, &mut read)?;
+        values.write_f32(&read)?;
     }
     let text = format!(
         "buffers: {} for {capacity} tokens in a pass{}",
@@ -374,10 +389,10 @@ impl<'a> Run<'a> {
             chat_template: template,
             summary,
         };
-        let values = self.trainer.adapter().values.f32()?;
+        let values = self.trainer.adapter().values.to_f32_vec()?;
         let trained = Adapter {
             layout: &self.prepared.layout,
-            values,
+            values: &values,
         };
         adapter::write(
             &self.files,

@@ -36,12 +36,11 @@ pub(super) fn step(
         let params = param_chunks(params)?;
         let moments = moment_chunks(moments)?;
         let grads = grads.par_chunks_mut(CHUNK).enumerate();
-        (params, moments)
-            .into_par_iter()
-            .zip(grads)
-            .for_each(|((params, moments), (index, grads))| {
+        (params, moments).into_par_iter().zip(grads).for_each(
+            |((params, moments), (index, grads))| {
                 update.chunk(params, moments, grads, index * CHUNK);
-            });
+            },
+        );
     }
     Ok(UpdateReport {
         loss_sum,
@@ -157,16 +156,19 @@ impl Update {
     ) {
         for (index, grads) in grads.chunks_mut(MOMENTS_BLOCKSIZE).enumerate() {
             let range = index * MOMENTS_BLOCKSIZE..index * MOMENTS_BLOCKSIZE + grads.len();
-            self.with_params(&mut params, range.clone(), first, |params| {
-                match &mut moments {
+            self.with_params(
+                &mut params,
+                range.clone(),
+                first,
+                |params| match &mut moments {
                     MomentChunk::F32(m, v) => {
                         self.block(params, grads, &mut m[range.clone()], &mut v[range]);
                     }
                     MomentChunk::Blockwise8(moments) => moments.with_block(index, |m, v| {
                         self.block(params, grads, m, v);
                     }),
-                }
-            });
+                },
+            );
             grads.fill(0.0);
         }
     }

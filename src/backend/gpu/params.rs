@@ -11,6 +11,9 @@
     reason = "generated"
 )]
 
+pub const ADAMW_THREADS: u32 = 256;
+pub const ADAMW_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const ADAMW_BLOCKSIZE: u32 = 256;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -18,6 +21,195 @@ pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SWIGLU_THREADS: u32 = 256;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWStepDevice {
+    pub max_grad_norm: f64,
+    pub decay: f32,
+    pub weight1: f32,
+    pub beta2: f32,
+    pub weight2: f32,
+    pub step_size: f32,
+    pub root_bias: f32,
+    pub epsilon: f32,
+    pub step: u32,
+    pub rounding_key_low: u32,
+    pub rounding_key_high: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWStepDevice"][::std::mem::size_of::<AdamWStepDevice>() - 48usize];
+    ["Alignment of AdamWStepDevice"][::std::mem::align_of::<AdamWStepDevice>() - 8usize];
+    ["Offset of field: AdamWStepDevice::max_grad_norm"]
+        [::std::mem::offset_of!(AdamWStepDevice, max_grad_norm) - 0usize];
+    ["Offset of field: AdamWStepDevice::decay"]
+        [::std::mem::offset_of!(AdamWStepDevice, decay) - 8usize];
+    ["Offset of field: AdamWStepDevice::weight1"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight1) - 12usize];
+    ["Offset of field: AdamWStepDevice::beta2"]
+        [::std::mem::offset_of!(AdamWStepDevice, beta2) - 16usize];
+    ["Offset of field: AdamWStepDevice::weight2"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight2) - 20usize];
+    ["Offset of field: AdamWStepDevice::step_size"]
+        [::std::mem::offset_of!(AdamWStepDevice, step_size) - 24usize];
+    ["Offset of field: AdamWStepDevice::root_bias"]
+        [::std::mem::offset_of!(AdamWStepDevice, root_bias) - 28usize];
+    ["Offset of field: AdamWStepDevice::epsilon"]
+        [::std::mem::offset_of!(AdamWStepDevice, epsilon) - 32usize];
+    ["Offset of field: AdamWStepDevice::step"]
+        [::std::mem::offset_of!(AdamWStepDevice, step) - 36usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_low"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_low) - 40usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_high"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_high) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWReportDevice {
+    pub loss_sum: f64,
+    pub grad_norm: f64,
+    pub clip: f32,
+    pub applied: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWReportDevice"][::std::mem::size_of::<AdamWReportDevice>() - 24usize];
+    ["Alignment of AdamWReportDevice"][::std::mem::align_of::<AdamWReportDevice>() - 8usize];
+    ["Offset of field: AdamWReportDevice::loss_sum"]
+        [::std::mem::offset_of!(AdamWReportDevice, loss_sum) - 0usize];
+    ["Offset of field: AdamWReportDevice::grad_norm"]
+        [::std::mem::offset_of!(AdamWReportDevice, grad_norm) - 8usize];
+    ["Offset of field: AdamWReportDevice::clip"]
+        [::std::mem::offset_of!(AdamWReportDevice, clip) - 16usize];
+    ["Offset of field: AdamWReportDevice::applied"]
+        [::std::mem::offset_of!(AdamWReportDevice, applied) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWSumsParams {
+    pub partial_sums: u64,
+    pub grads: u64,
+    pub token_loss: u64,
+    pub num_elements: u64,
+    pub num_losses: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWSumsParams"][::std::mem::size_of::<AdamWSumsParams>() - 40usize];
+    ["Alignment of AdamWSumsParams"][::std::mem::align_of::<AdamWSumsParams>() - 8usize];
+    ["Offset of field: AdamWSumsParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWSumsParams, partial_sums) - 0usize];
+    ["Offset of field: AdamWSumsParams::grads"]
+        [::std::mem::offset_of!(AdamWSumsParams, grads) - 8usize];
+    ["Offset of field: AdamWSumsParams::token_loss"]
+        [::std::mem::offset_of!(AdamWSumsParams, token_loss) - 16usize];
+    ["Offset of field: AdamWSumsParams::num_elements"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_elements) - 24usize];
+    ["Offset of field: AdamWSumsParams::num_losses"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_losses) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWDecideParams {
+    pub report: u64,
+    pub partial_sums: u64,
+    pub step: u64,
+    pub num_square_sums: u64,
+    pub num_loss_sums: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWDecideParams"][::std::mem::size_of::<AdamWDecideParams>() - 40usize];
+    ["Alignment of AdamWDecideParams"][::std::mem::align_of::<AdamWDecideParams>() - 8usize];
+    ["Offset of field: AdamWDecideParams::report"]
+        [::std::mem::offset_of!(AdamWDecideParams, report) - 0usize];
+    ["Offset of field: AdamWDecideParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, partial_sums) - 8usize];
+    ["Offset of field: AdamWDecideParams::step"]
+        [::std::mem::offset_of!(AdamWDecideParams, step) - 16usize];
+    ["Offset of field: AdamWDecideParams::num_square_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_square_sums) - 24usize];
+    ["Offset of field: AdamWDecideParams::num_loss_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_loss_sums) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWUpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_sq: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWUpdateParams"][::std::mem::size_of::<AdamWUpdateParams>() - 64usize];
+    ["Alignment of AdamWUpdateParams"][::std::mem::align_of::<AdamWUpdateParams>() - 8usize];
+    ["Offset of field: AdamWUpdateParams::params"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params) - 0usize];
+    ["Offset of field: AdamWUpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamWUpdateParams::grads"]
+        [::std::mem::offset_of!(AdamWUpdateParams, grads) - 16usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg_sq) - 32usize];
+    ["Offset of field: AdamWUpdateParams::step"]
+        [::std::mem::offset_of!(AdamWUpdateParams, step) - 40usize];
+    ["Offset of field: AdamWUpdateParams::report"]
+        [::std::mem::offset_of!(AdamWUpdateParams, report) - 48usize];
+    ["Offset of field: AdamWUpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamWUpdateParams, num_elements) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamW8UpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_absmax: u64,
+    pub exp_avg_sq: u64,
+    pub exp_avg_sq_absmax: u64,
+    pub signed_code: u64,
+    pub unsigned_code: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamW8UpdateParams"][::std::mem::size_of::<AdamW8UpdateParams>() - 96usize];
+    ["Alignment of AdamW8UpdateParams"][::std::mem::align_of::<AdamW8UpdateParams>() - 8usize];
+    ["Offset of field: AdamW8UpdateParams::params"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params) - 0usize];
+    ["Offset of field: AdamW8UpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamW8UpdateParams::grads"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, grads) - 16usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_absmax) - 32usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq) - 40usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq_absmax) - 48usize];
+    ["Offset of field: AdamW8UpdateParams::signed_code"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, signed_code) - 56usize];
+    ["Offset of field: AdamW8UpdateParams::unsigned_code"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, unsigned_code) - 64usize];
+    ["Offset of field: AdamW8UpdateParams::step"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, step) - 72usize];
+    ["Offset of field: AdamW8UpdateParams::report"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, report) - 80usize];
+    ["Offset of field: AdamW8UpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, num_elements) - 88usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct Nf4DequantizeParams {
@@ -59,33 +251,60 @@ const _: () = {
 pub struct StepStateDevice {
     pub num_tokens: u32,
     pub num_sequences: u32,
+    pub num_targets: u32,
     pub loss_scale: f32,
     pub dropout_on: u32,
-    pub dropout_seed_low: u32,
-    pub dropout_seed_high: u32,
+    pub dropout_key_low: u32,
+    pub dropout_key_high: u32,
     pub optimizer_step: u32,
     pub first_token: u32,
+    pub reserved: u32,
+    pub input_ids: u64,
+    pub position_ids: u64,
+    pub sequence_start: u64,
+    pub sequence_end: u64,
+    pub cu_seqlens: u64,
+    pub target_rows: u64,
+    pub target_ids: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StepStateDevice"][::std::mem::size_of::<StepStateDevice>() - 32usize];
-    ["Alignment of StepStateDevice"][::std::mem::align_of::<StepStateDevice>() - 4usize];
+    ["Size of StepStateDevice"][::std::mem::size_of::<StepStateDevice>() - 96usize];
+    ["Alignment of StepStateDevice"][::std::mem::align_of::<StepStateDevice>() - 8usize];
     ["Offset of field: StepStateDevice::num_tokens"]
         [::std::mem::offset_of!(StepStateDevice, num_tokens) - 0usize];
     ["Offset of field: StepStateDevice::num_sequences"]
         [::std::mem::offset_of!(StepStateDevice, num_sequences) - 4usize];
+    ["Offset of field: StepStateDevice::num_targets"]
+        [::std::mem::offset_of!(StepStateDevice, num_targets) - 8usize];
     ["Offset of field: StepStateDevice::loss_scale"]
-        [::std::mem::offset_of!(StepStateDevice, loss_scale) - 8usize];
+        [::std::mem::offset_of!(StepStateDevice, loss_scale) - 12usize];
     ["Offset of field: StepStateDevice::dropout_on"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_on) - 12usize];
-    ["Offset of field: StepStateDevice::dropout_seed_low"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_seed_low) - 16usize];
-    ["Offset of field: StepStateDevice::dropout_seed_high"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_seed_high) - 20usize];
+        [::std::mem::offset_of!(StepStateDevice, dropout_on) - 16usize];
+    ["Offset of field: StepStateDevice::dropout_key_low"]
+        [::std::mem::offset_of!(StepStateDevice, dropout_key_low) - 20usize];
+    ["Offset of field: StepStateDevice::dropout_key_high"]
+        [::std::mem::offset_of!(StepStateDevice, dropout_key_high) - 24usize];
     ["Offset of field: StepStateDevice::optimizer_step"]
-        [::std::mem::offset_of!(StepStateDevice, optimizer_step) - 24usize];
+        [::std::mem::offset_of!(StepStateDevice, optimizer_step) - 28usize];
     ["Offset of field: StepStateDevice::first_token"]
-        [::std::mem::offset_of!(StepStateDevice, first_token) - 28usize];
+        [::std::mem::offset_of!(StepStateDevice, first_token) - 32usize];
+    ["Offset of field: StepStateDevice::reserved"]
+        [::std::mem::offset_of!(StepStateDevice, reserved) - 36usize];
+    ["Offset of field: StepStateDevice::input_ids"]
+        [::std::mem::offset_of!(StepStateDevice, input_ids) - 40usize];
+    ["Offset of field: StepStateDevice::position_ids"]
+        [::std::mem::offset_of!(StepStateDevice, position_ids) - 48usize];
+    ["Offset of field: StepStateDevice::sequence_start"]
+        [::std::mem::offset_of!(StepStateDevice, sequence_start) - 56usize];
+    ["Offset of field: StepStateDevice::sequence_end"]
+        [::std::mem::offset_of!(StepStateDevice, sequence_end) - 64usize];
+    ["Offset of field: StepStateDevice::cu_seqlens"]
+        [::std::mem::offset_of!(StepStateDevice, cu_seqlens) - 72usize];
+    ["Offset of field: StepStateDevice::target_rows"]
+        [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
+    ["Offset of field: StepStateDevice::target_ids"]
+        [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
