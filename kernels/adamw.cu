@@ -6,7 +6,7 @@
 // norm are finite; if not, the next changes nothing), adamw_update or adamw8_update.
 // p [n] f32, or bf16 rounded stochastically; g [n] f32; m, v [n] f32, or 8-bit codes with an f32 absmax per 256 elements;
 // losses [rows] f32. grid (n / 8192, rounded up), block 256; a warp takes 256 elements at a time, a lane two groups of 4.
-// Shared memory: 64 B, adamw8_update 4 KB.
+// Shared memory: 64 B, adamw8_update 10 KB.
 // Sums in f64 in a fixed order, all else in f32 without contraction: deterministic, and equal to the CPU's bit for bit.
 // Preconditions (the launcher checks): n a multiple of 256, all 16-byte aligned.
 // Cost, bytes per element read + written: sums 4; update 16 + 16 (bf16 parameters 14 + 14); 8-bit moments 10 + 10 (8 + 8).
@@ -153,42 +153,35 @@ DEVICE double ordered_square_sum(const float* values, size_t count, double* part
     return block_sum(lane, partial);
 }
 
-// The f32 code of each 8-bit code, and the borders between them: code c stands for border[c] < value <= border[c + 1].
+// A dynamic map in shared memory, as src/ops/dynamic_map.rs describes it: a rank counts magnitudes from 0 up, and stands for what
+// is at most its border; a cell, the upper 16 bits of a magnitude, has the rank of its lower end, and at most one border.
 struct Map {
-    float* code;
-    float* border;
+    const float* code;
+    const float* border;
+    const uint8_t* cell;
 };
+constexpr unsigned kMapFloats = 2 * kCodes;
+constexpr unsigned kCellWords = 2 * ADAMW_CELLS / 4;
 
-// The block's threads fill it in; a barrier must follow.
-DEVICE void fill_map(const Map& map, const float* code) {
-    const unsigned index = threadIdx.x;
-    map.code[index] = code[index];
-    map.border[index] = index == 0 ? -INFINITY : 0.5f * (code[index - 1] + code[index]);
-    if (index == 0) map.border[kCodes] = INFINITY;
+template <bool kSigned>
+DEVICE Map map_at(const float* maps, const uint32_t* cells) {
+    const float* const code = maps + (kSigned ? 0 : kMapFloats);
+    const uint8_t* const cell = reinterpret_cast<const uint8_t*>(cells) + (kSigned ? 0 : ADAMW_CELLS);
+    return Map{code, code + kCodes, cell};
 }
 
-// The nearest code to `ratio` in [-1, 1] (the lower one of two). Decade and part follow from arithmetic, which may be one off at a
-// border; the borders decide.
+// The code nearest to `ratio` in [-1, 1]. A second moment above 0 does not become 0, as it divides.
 template <bool kSigned>
 DEVICE uint8_t nearest_code(float ratio, const Map& map) {
-    float scaled = fabsf(ratio);
-    unsigned num_parts = kSigned ? 64 : 128;
-    for (unsigned decade = 0; decade < 6; ++decade) {
-        if (scaled <= 0.1f) {
-            scaled = scaled * 10.0f;
-            num_parts /= 2;
-        }
-    }
-    const float part = fmaxf(scaled - 0.1f, 0.0f) * (1.0f / 0.9f) * static_cast<float>(num_parts);
-    const int rank = static_cast<int>(num_parts) - 1 + static_cast<int>(part);
-    int code = !kSigned ? rank : ratio < 0.0f ? 126 - rank : 128 + rank;
-    code = code < 0 ? 0 : code > 255 ? 255 : code;
-    if (ratio > map.border[code + 1]) {
-        ++code;
-    } else if (ratio <= map.border[code]) {
-        --code;
-    }
-    return static_cast<uint8_t>(code);
+    const float magnitude = fabsf(ratio);
+    uint32_t top;
+    memcpy(&top, &magnitude, sizeof top);
+    top >>= 16;
+    const unsigned cell = top < ADAMW_FIRST_CELL ? 0 : top - ADAMW_FIRST_CELL;
+    unsigned rank = map.cell[cell < ADAMW_CELLS ? cell : ADAMW_CELLS - 1];
+    rank += magnitude > map.border[rank];
+    if (!kSigned) return static_cast<uint8_t>(rank == 0 && ratio > 0.0f ? 1 : rank);
+    return static_cast<uint8_t>(ratio < 0.0f ? 127 - (rank < 127 ? rank : 127) : 127 + rank);
 }
 
 DEVICE Fragment decode(const uint8_t* codes, float absmax, const Map& map, size_t block) {
@@ -200,7 +193,7 @@ DEVICE Fragment decode(const uint8_t* codes, float absmax, const Map& map, size_
     return out;
 }
 
-// Writes codes and absmax of the warp's 256 elements. A second moment above 0 does not become 0, as it divides.
+// Writes codes and absmax of the warp's 256 elements.
 template <bool kSigned>
 DEVICE void encode(uint8_t* codes, float* absmaxes, const Fragment& in, const Map& map, size_t block) {
     float absmax = 0.0f;
@@ -211,11 +204,7 @@ DEVICE void encode(uint8_t* codes, float* absmaxes, const Fragment& in, const Ma
     const float inverse = absmax >= 0x1p-126f ? 1.0f / absmax : 0.0f;
     for (unsigned half = 0; half < 2; ++half) {
         CodeQuad quad;
-        for (unsigned i = 0; i < kQuad; ++i) {
-            const float ratio = in.value[half * kQuad + i] * inverse;
-            const uint8_t code = nearest_code<kSigned>(ratio, map);
-            quad.value[i] = !kSigned && code == 0 && ratio > 0.0f ? 1 : code;
-        }
+        for (unsigned i = 0; i < kQuad; ++i) quad.value[i] = nearest_code<kSigned>(in.value[half * kQuad + i] * inverse, map);
         *reinterpret_cast<CodeQuad*>(codes + quad_at(block, half)) = quad;
     }
 }
@@ -274,14 +263,12 @@ KERNEL(adamw_update, AdamWUpdateParams, p, ADAMW_THREADS) {
 }
 
 KERNEL(adamw8_update, AdamW8UpdateParams, p, ADAMW_THREADS) {
-    SHARED(float, signed_code, kCodes);
-    SHARED(float, signed_border, kCodes + 1);
-    SHARED(float, unsigned_code, kCodes);
-    SHARED(float, unsigned_border, kCodes + 1);
+    SHARED(float, maps, 2 * kMapFloats);
+    SHARED(uint32_t, cells, kCellWords);
     if (!p.report->applied) return;
-    const Map signed_map{signed_code, signed_border}, unsigned_map{unsigned_code, unsigned_border};
-    fill_map(signed_map, p.signed_code);
-    fill_map(unsigned_map, p.unsigned_code);
+    for (unsigned i = threadIdx.x; i < 2 * kMapFloats; i += kThreads) maps[i] = p.maps[i];
+    for (unsigned i = threadIdx.x; i < kCellWords; i += kThreads) cells[i] = p.cells[i];
+    const Map signed_map = map_at<true>(maps, cells), unsigned_map = map_at<false>(maps, cells);
     __syncthreads();
     const AdamWStepDevice step = *p.step;
     const float clip = p.report->clip;

@@ -7,6 +7,9 @@
 #define ADAMW_ELEMENTS_PER_BLOCK 8192
 // Elements of the 8-bit moments that share a scale.
 #define ADAMW_BLOCKSIZE 256
+// Cells of a dynamic map, padded; the first one is that of magnitudes whose upper 16 bits are these.
+#define ADAMW_CELLS 2960
+#define ADAMW_FIRST_CELL 13312
 
 // The constants of one update: in device memory, since they change with every step.
 struct AdamWStepDevice {
@@ -66,8 +69,8 @@ struct AdamW8UpdateParams {
     PTR(float) exp_avg_absmax;   // [num_elements / 256]
     PTR(uint8_t) exp_avg_sq;     // [num_elements] codes of the unsigned dynamic map
     PTR(float) exp_avg_sq_absmax;  // [num_elements / 256]
-    PTR(const float) signed_code;    // [256] ascending
-    PTR(const float) unsigned_code;  // [256] ascending
+    PTR(const float) maps;       // [2, 2, 256] codes and borders, signed and unsigned
+    PTR(const uint32_t) cells;   // [2, 2960] bytes
     PTR(const AdamWStepDevice) step;
     PTR(const AdamWReportDevice) report;
     uint64_t num_elements;

@@ -12,6 +12,7 @@
 //! Errors of every op: [`Error::Shape`](crate::error::Error::Shape) where extents disagree,
 //! [`Error::DType`](crate::error::Error::DType) where an element type does.
 
+pub mod dynamic_map;
 mod optimizer;
 mod types;
 

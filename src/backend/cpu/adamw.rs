@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn sums_are_right_at_every_length() {
         let values: Vec<f32> = (0..20_000_u16).map(f32::from).collect();
-        for len in [0, 1, 3, 4, 5, 1023, 1025, 8191, 8192, 8193, 20_000] {
+        for len in [0_usize, 1, 3, 4, 5, 1023, 1025, 8191, 8192, 8193, 20_000] {
             let expected = (len * len.saturating_sub(1) / 2) as f64;
             let found = sum(&values[..len], f64::from);
             assert!((found - expected).abs() < 0.5, "{len}: {found} {expected}");

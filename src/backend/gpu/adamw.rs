@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::driver::{Driver, Grid, Kernel};
 use super::params::{
-    ADAMW_BLOCKSIZE, ADAMW_ELEMENTS_PER_BLOCK, ADAMW_THREADS, AdamW8UpdateParams,
-    AdamWDecideParams, AdamWReportDevice, AdamWStepDevice, AdamWSumsParams, AdamWUpdateParams,
+    ADAMW_BLOCKSIZE, ADAMW_CELLS, ADAMW_ELEMENTS_PER_BLOCK, ADAMW_FIRST_CELL, ADAMW_THREADS,
+    AdamW8UpdateParams, AdamWDecideParams, AdamWReportDevice, AdamWStepDevice, AdamWSumsParams, AdamWUpdateParams,
 };
 use super::{Gpu, check};
 use crate::error::Result;
+use crate::ops::dynamic_map::{FIRST_CELL, NUM_CELLS, SIGNED, UNSIGNED};
 use crate::ops::{AdamWStep, MOMENTS_BLOCKSIZE, Moments, UpdateReport};
-use crate::store::nf4::dynamic::UNSIGNED_CODE;
 use crate::tensor::device::DeviceMemory;
 use crate::tensor::{DType, Tensor};
 
@@ -20,7 +20,10 @@ const DECIDE: Kernel = kernel("adamw_decide");
 const UPDATE: Kernel = kernel("adamw_update");
 const UPDATE8: Kernel = kernel("adamw8_update");
 const ELEMENTS_PER_BLOCK: usize = ADAMW_ELEMENTS_PER_BLOCK as usize;
+/// Cells of a map on the device, padded.
+const CELLS: usize = ADAMW_CELLS as usize;
 const _: () = assert!(MOMENTS_BLOCKSIZE == ADAMW_BLOCKSIZE as usize);
+const _: () = assert!(NUM_CELLS <= CELLS && FIRST_CELL == ADAMW_FIRST_CELL);
 
 const fn kernel(name: &'static str) -> Kernel {
     Kernel {
@@ -34,18 +37,29 @@ const fn kernel(name: &'static str) -> Kernel {
 pub(super) struct Buffers {
     step: Arc<dyn DeviceMemory>,
     report: Arc<dyn DeviceMemory>,
-    /// `[256]` f32.
-    unsigned_code: Arc<dyn DeviceMemory>,
+    /// Codes and borders, `[2, 2, 256]` f32: those of the signed map, then those of the unsigned one.
+    maps: Arc<dyn DeviceMemory>,
+    /// `[2, ADAMW_CELLS]` u8, in the same order.
+    cells: Arc<dyn DeviceMemory>,
 }
 
 impl Buffers {
     pub(super) fn new(driver: &dyn Driver) -> Result<Self> {
-        let unsigned_code = driver.alloc("unsigned dynamic code", size_of_val(&UNSIGNED_CODE))?;
-        unsigned_code.write(0, bytemuck::cast_slice(&UNSIGNED_CODE))?;
+        let (mut tables, mut cells) = (Vec::new(), Vec::new());
+        for map in [&*SIGNED, &*UNSIGNED] {
+            tables.extend(map.code.iter().chain(&map.border).copied());
+            cells.extend(map.cell);
+            cells.resize(cells.len().next_multiple_of(CELLS), 0);
+        }
+        let upload = |name: &str, bytes: &[u8]| {
+            let memory = driver.alloc(name, bytes.len())?;
+            memory.write(0, bytes).map(|()| memory)
+        };
         Ok(Self {
             step: driver.alloc("adamw step", size_of::<AdamWStepDevice>())?,
             report: driver.alloc("adamw report", size_of::<AdamWReportDevice>())?,
-            unsigned_code,
+            maps: upload("dynamic maps", bytemuck::cast_slice(&tables))?,
+            cells: upload("cells of dynamic maps", &cells)?,
         })
     }
 }
@@ -140,8 +154,8 @@ fn launch_update(
                 exp_avg_absmax: check::exact(OP, exp_avg_absmax, DType::F32, &scales)?,
                 exp_avg_sq: check::exact(OP, exp_avg_sq, DType::U8, shape)?,
                 exp_avg_sq_absmax: check::exact(OP, exp_avg_sq_absmax, DType::F32, &scales)?,
-                signed_code: gpu.dynamic_code(),
-                unsigned_code: gpu.adamw.unsigned_code.address(),
+                maps: gpu.adamw.maps.address(),
+                cells: gpu.adamw.cells.address(),
                 step,
                 report,
                 num_elements,
