@@ -10,7 +10,7 @@
 // Sums in f64 in a fixed order, all else in f32 without contraction: deterministic, and equal to the CPU's bit for bit.
 // Preconditions (the launcher checks): n a multiple of 256, all 16-byte aligned.
 // Cost, bytes per element read + written: sums 4; update 16 + 16 (bf16 parameters 14 + 14); 8-bit moments 10 + 10 (8 + 8).
-// Memory bound; the 8-bit update does about 130 instructions per element, close to as long. docs/kernels/adamw.md.
+// Memory bound; the 8-bit update does about 120 instructions per element, nearly as long. docs/kernels/adamw.md.
 // Reference: src/backend/cpu/adamw.rs; docs/math/adamw.md. Loshchilov and Hutter 2019; Dettmers et al. 2022.
 #include "rt/philox.cuh"
 
@@ -126,7 +126,7 @@ DEVICE double block_sum(const double (&lane)[kQuad], double* partial) {
     double sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
     for (unsigned offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
     if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = sum;
-    __syncthreads();
+    __syncthreads();  // All warps' sums are there.
     sum = 0.0;
     for (unsigned warp = 0; warp < kWarps; ++warp) sum += partial[warp];
     __syncthreads();
@@ -269,7 +269,7 @@ KERNEL(adamw8_update, AdamW8UpdateParams, p, ADAMW_THREADS) {
     for (unsigned i = threadIdx.x; i < 2 * kMapFloats; i += kThreads) maps[i] = p.maps[i];
     for (unsigned i = threadIdx.x; i < kCellWords; i += kThreads) cells[i] = p.cells[i];
     const Map signed_map = map_at<true>(maps, cells), unsigned_map = map_at<false>(maps, cells);
-    __syncthreads();
+    __syncthreads();  // The maps are there.
     const AdamWStepDevice step = *p.step;
     const float clip = p.report->clip;
     for (unsigned trip = 0; trip < kTrips; ++trip) {

@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use super::reader::{Reader, shown};
 use super::{
-    AdapterDType, AdapterKind, DatasetSource, DatasetType, Device, LoraDType, LrScheduler, MoeLora, Optimizer,
-    Recompute, Resume, TrainConfig,
+    AdapterDType, AdapterKind, DatasetSource, DatasetType, Device, LoraDType, LrScheduler, MoeLora,
+    Optimizer, Recompute, Resume, TrainConfig,
 };
 use crate::error::{Error, Result};
 

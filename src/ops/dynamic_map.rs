@@ -93,7 +93,11 @@ mod tests {
                 magnitudes.extend([low, low + 1, low + 0x8000, low + 0xFFFF].map(f32::from_bits));
             }
             for magnitude in magnitudes {
-                assert_eq!(map.rank(magnitude), map.rank_by_search(magnitude), "{magnitude}");
+                assert_eq!(
+                    map.rank(magnitude),
+                    map.rank_by_search(magnitude),
+                    "{magnitude}"
+                );
             }
         }
     }

@@ -18,8 +18,8 @@ mod types;
 
 pub use optimizer::{AdamWConstants, AdamWStep, MOMENTS_BLOCKSIZE, Moments, UpdateReport};
 pub use types::{
-    AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear,
-    LoraPair, NormSpec, QkWeights, Routing, StepState,
+    AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear, LoraPair,
+    NormSpec, QkWeights, Routing, StepState,
 };
 
 use crate::error::Result;

@@ -319,9 +319,12 @@ fn adapter_bytes(adapter: &AdapterState) -> Result<Vec<u8>> {
     let mut contents = Vec::new();
     for (name, tensor) in named {
         let dtype = match tensor.dtype() {
+            DType::F32 => Dtype::F32,
             DType::Bf16 => Dtype::BF16,
             DType::U8 => Dtype::U8,
-            _ => Dtype::F32,
+            DType::F16 | DType::U32 | DType::I32 => {
+                return Err(Error::format(ADAPTER, "holds no tensor of that type"));
+            }
         };
         contents.push((name, dtype, tensor.bytes()?));
     }

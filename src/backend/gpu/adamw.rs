@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::driver::{Driver, Grid, Kernel};
 use super::params::{
     ADAMW_BLOCKSIZE, ADAMW_CELLS, ADAMW_ELEMENTS_PER_BLOCK, ADAMW_FIRST_CELL, ADAMW_THREADS,
-    AdamW8UpdateParams, AdamWDecideParams, AdamWReportDevice, AdamWStepDevice, AdamWSumsParams, AdamWUpdateParams,
+    AdamW8UpdateParams, AdamWDecideParams, AdamWReportDevice, AdamWStepDevice, AdamWSumsParams,
+    AdamWUpdateParams,
 };
 use super::{Gpu, check};
 use crate::error::Result;
@@ -116,9 +117,10 @@ fn launch_update(
     grads: u64,
 ) -> Result<()> {
     let shape = params.shape();
-    let (params_f32, params_bf16) = match params.dtype() {
-        DType::Bf16 => (0, check::exact(OP, params, DType::Bf16, shape)?),
-        _ => (check::exact(OP, params, DType::F32, shape)?, 0),
+    let (params_f32, params_bf16) = if params.dtype() == DType::Bf16 {
+        (0, check::exact(OP, params, DType::Bf16, shape)?)
+    } else {
+        (check::exact(OP, params, DType::F32, shape)?, 0)
     };
     let (step, report) = (gpu.adamw.step.address(), gpu.adamw.report.address());
     let num_elements = params.len() as u64;

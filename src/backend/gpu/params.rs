@@ -14,6 +14,8 @@
 pub const ADAMW_THREADS: u32 = 256;
 pub const ADAMW_ELEMENTS_PER_BLOCK: u32 = 8192;
 pub const ADAMW_BLOCKSIZE: u32 = 256;
+pub const ADAMW_CELLS: u32 = 2960;
+pub const ADAMW_FIRST_CELL: u32 = 13312;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -175,8 +177,8 @@ pub struct AdamW8UpdateParams {
     pub exp_avg_absmax: u64,
     pub exp_avg_sq: u64,
     pub exp_avg_sq_absmax: u64,
-    pub signed_code: u64,
-    pub unsigned_code: u64,
+    pub maps: u64,
+    pub cells: u64,
     pub step: u64,
     pub report: u64,
     pub num_elements: u64,
@@ -199,10 +201,10 @@ const _: () = {
         [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq) - 40usize];
     ["Offset of field: AdamW8UpdateParams::exp_avg_sq_absmax"]
         [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq_absmax) - 48usize];
-    ["Offset of field: AdamW8UpdateParams::signed_code"]
-        [::std::mem::offset_of!(AdamW8UpdateParams, signed_code) - 56usize];
-    ["Offset of field: AdamW8UpdateParams::unsigned_code"]
-        [::std::mem::offset_of!(AdamW8UpdateParams, unsigned_code) - 64usize];
+    ["Offset of field: AdamW8UpdateParams::maps"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, maps) - 56usize];
+    ["Offset of field: AdamW8UpdateParams::cells"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, cells) - 64usize];
     ["Offset of field: AdamW8UpdateParams::step"]
         [::std::mem::offset_of!(AdamW8UpdateParams, step) - 72usize];
     ["Offset of field: AdamW8UpdateParams::report"]
