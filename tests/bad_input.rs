@@ -88,6 +88,10 @@ fn settings() {
             "`lora_dtype` is `float`, expected one of fp32, bf16",
         ),
         (
+            "lora_dtype: bf16",
+            "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`",
+        ),
+        (
             "quantize_modules: [q_proj]",
             "`quantize_modules` needs `adapter: qlora`",
         ),

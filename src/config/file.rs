@@ -234,6 +234,12 @@ fn check_together(reader: &mut Reader, config: &TrainConfig) {
                 .to_owned(),
         );
     }
+    // `device: auto` is known when it is opened.
+    if config.lora_dtype == LoraDType::Bf16 && config.device == Device::Cpu {
+        reader.problem(
+            "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`".to_owned(),
+        );
+    }
 }
 
 fn choice<T: Copy>(

@@ -89,11 +89,10 @@ fn lock(output_dir: &Path) -> Result<fs::File> {
 fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) -> Result<Trainer> {
     let ops = crate::backend::open(config.device)?;
     if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
+        let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
         return Err(Error::Config {
             origin: "run".to_owned(),
-            reason:
-                "`lora_dtype` is `bf16`, which the CPU backend does not compute with; use `fp32`"
-                    .to_owned(),
+            reason: reason.to_owned(),
         });
     }
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));

@@ -24,6 +24,7 @@ pub(super) fn step(
     token_loss: &Tensor,
     step: AdamWStep,
 ) -> Result<UpdateReport> {
+    grads.expect_shape("adamw", params.shape())?;
     let grads = grads.f32_mut()?;
     let grad_norm = sum(grads, |grad| f64::from(grad).powi(2)).sqrt();
     let loss_sum = sum(token_loss.f32()?, f64::from);
@@ -33,8 +34,8 @@ pub(super) fn step(
             clip: clip(grad_norm, step.max_grad_norm),
             constants: step.constants(),
         };
+        let moments = moment_chunks(moments, params.shape())?;
         let params = param_chunks(params)?;
-        let moments = moment_chunks(moments)?;
         let grads = grads.par_chunks_mut(CHUNK).enumerate();
         (params, moments).into_par_iter().zip(grads).for_each(
             |((params, moments), (index, grads))| {
@@ -113,7 +114,18 @@ fn param_chunks(params: &mut Tensor) -> Result<Vec<ParamChunk<'_>>> {
     })
 }
 
-fn moment_chunks(moments: &mut Moments) -> Result<Vec<MomentChunk<'_>>> {
+fn moment_chunks<'a>(moments: &'a mut Moments, shape: &[usize]) -> Result<Vec<MomentChunk<'a>>> {
+    let (Moments::F32 {
+        exp_avg,
+        exp_avg_sq,
+    }
+    | Moments::Blockwise8 {
+        exp_avg,
+        exp_avg_sq,
+        ..
+    }) = &*moments;
+    exp_avg.expect_shape("adamw", shape)?;
+    exp_avg_sq.expect_shape("adamw", shape)?;
     Ok(match moments {
         Moments::F32 {
             exp_avg,
@@ -225,7 +237,6 @@ impl Update {
 }
 
 /// To the bf16 above or below in magnitude, the nearer one more often: 16 random bits are added below the last bit that stays.
-#[expect(clippy::cast_possible_truncation, reason = "the upper half")]
 fn rounded_stochastically(value: f32, random: u32) -> bf16 {
     if value.is_nan() {
         return bf16::from_f32(value);

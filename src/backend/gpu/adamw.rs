@@ -65,6 +65,7 @@ impl Buffers {
     }
 }
 
+#[expect(clippy::needless_pass_by_ref_mut, reason = "kernels write them")]
 pub(super) fn step(
     gpu: &Gpu,
     params: &mut Tensor,
