@@ -11,6 +11,16 @@
     reason = "generated"
 )]
 
+pub const MOE_TILES_THREADS: u32 = 256;
+pub const MOE_COMBINE_THREADS: u32 = 256;
+pub const MOE_LORA_THREADS: u32 = 128;
+pub const MOE_LORA_RANKS: u32 = 32;
+pub const MOE_LORA_GRAD_COLUMNS: u32 = 128;
+pub const MOE_LORA_MAX_JOBS: u32 = 4;
+pub const MOE_ROUTE_THREADS: u32 = 256;
+pub const MOE_ROUTE_TOKENS: u32 = 32;
+pub const MOE_ROUTE_MAX_EXPERTS: u32 = 1024;
+pub const MOE_ROUTE_SCAN_EXPERTS: u32 = 32;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -18,42 +28,6 @@ pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SWIGLU_THREADS: u32 = 256;
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
-    pub codes: u64,
-    pub absmax: u64,
-    pub nested_codes: u64,
-    pub nested_absmax: u64,
-    pub dynamic_code: u64,
-    pub num_elements: u64,
-    pub offset: f32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
-};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -113,6 +87,405 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTile {
+    pub expert: u32,
+    pub first_row: u32,
+    pub num_rows: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTile"][::std::mem::size_of::<MoeTile>() - 16usize];
+    ["Alignment of MoeTile"][::std::mem::align_of::<MoeTile>() - 4usize];
+    ["Offset of field: MoeTile::expert"][::std::mem::offset_of!(MoeTile, expert) - 0usize];
+    ["Offset of field: MoeTile::first_row"][::std::mem::offset_of!(MoeTile, first_row) - 4usize];
+    ["Offset of field: MoeTile::num_rows"][::std::mem::offset_of!(MoeTile, num_rows) - 8usize];
+    ["Offset of field: MoeTile::reserved"][::std::mem::offset_of!(MoeTile, reserved) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRows {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub step: u64,
+    pub num_experts_per_tok: u32,
+    pub tile_rows: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRows"][::std::mem::size_of::<MoeRows>() - 48usize];
+    ["Alignment of MoeRows"][::std::mem::align_of::<MoeRows>() - 8usize];
+    ["Offset of field: MoeRows::tiles"][::std::mem::offset_of!(MoeRows, tiles) - 0usize];
+    ["Offset of field: MoeRows::num_tiles"][::std::mem::offset_of!(MoeRows, num_tiles) - 8usize];
+    ["Offset of field: MoeRows::expert_offsets"]
+        [::std::mem::offset_of!(MoeRows, expert_offsets) - 16usize];
+    ["Offset of field: MoeRows::slot_of_row"]
+        [::std::mem::offset_of!(MoeRows, slot_of_row) - 24usize];
+    ["Offset of field: MoeRows::step"][::std::mem::offset_of!(MoeRows, step) - 32usize];
+    ["Offset of field: MoeRows::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRows, num_experts_per_tok) - 40usize];
+    ["Offset of field: MoeRows::tile_rows"][::std::mem::offset_of!(MoeRows, tile_rows) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoePair {
+    pub a: u64,
+    pub b: u64,
+    pub stride: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub module: u32,
+    pub module_stride: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+    pub scaling: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoePair"][::std::mem::size_of::<MoePair>() - 56usize];
+    ["Alignment of MoePair"][::std::mem::align_of::<MoePair>() - 8usize];
+    ["Offset of field: MoePair::a"][::std::mem::offset_of!(MoePair, a) - 0usize];
+    ["Offset of field: MoePair::b"][::std::mem::offset_of!(MoePair, b) - 8usize];
+    ["Offset of field: MoePair::stride"][::std::mem::offset_of!(MoePair, stride) - 16usize];
+    ["Offset of field: MoePair::rank"][::std::mem::offset_of!(MoePair, rank) - 24usize];
+    ["Offset of field: MoePair::first_column"]
+        [::std::mem::offset_of!(MoePair, first_column) - 28usize];
+    ["Offset of field: MoePair::module"][::std::mem::offset_of!(MoePair, module) - 32usize];
+    ["Offset of field: MoePair::module_stride"]
+        [::std::mem::offset_of!(MoePair, module_stride) - 36usize];
+    ["Offset of field: MoePair::dropout_threshold"]
+        [::std::mem::offset_of!(MoePair, dropout_threshold) - 40usize];
+    ["Offset of field: MoePair::keep_scale"][::std::mem::offset_of!(MoePair, keep_scale) - 44usize];
+    ["Offset of field: MoePair::scaling"][::std::mem::offset_of!(MoePair, scaling) - 48usize];
+    ["Offset of field: MoePair::reserved"][::std::mem::offset_of!(MoePair, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTilesParams {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub expert_offsets: u64,
+    pub num_experts: u32,
+    pub tile_rows: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTilesParams"][::std::mem::size_of::<MoeTilesParams>() - 32usize];
+    ["Alignment of MoeTilesParams"][::std::mem::align_of::<MoeTilesParams>() - 8usize];
+    ["Offset of field: MoeTilesParams::tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, tiles) - 0usize];
+    ["Offset of field: MoeTilesParams::num_tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, num_tiles) - 8usize];
+    ["Offset of field: MoeTilesParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeTilesParams, expert_offsets) - 16usize];
+    ["Offset of field: MoeTilesParams::num_experts"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts) - 24usize];
+    ["Offset of field: MoeTilesParams::tile_rows"]
+        [::std::mem::offset_of!(MoeTilesParams, tile_rows) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeCombineParams {
+    pub out: u64,
+    pub rows: u64,
+    pub row_of_slot: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub num_experts_per_tok: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeCombineParams"][::std::mem::size_of::<MoeCombineParams>() - 56usize];
+    ["Alignment of MoeCombineParams"][::std::mem::align_of::<MoeCombineParams>() - 8usize];
+    ["Offset of field: MoeCombineParams::out"]
+        [::std::mem::offset_of!(MoeCombineParams, out) - 0usize];
+    ["Offset of field: MoeCombineParams::rows"]
+        [::std::mem::offset_of!(MoeCombineParams, rows) - 8usize];
+    ["Offset of field: MoeCombineParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeCombineParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeCombineParams::topk_weights"]
+        [::std::mem::offset_of!(MoeCombineParams, topk_weights) - 24usize];
+    ["Offset of field: MoeCombineParams::step"]
+        [::std::mem::offset_of!(MoeCombineParams, step) - 32usize];
+    ["Offset of field: MoeCombineParams::hidden_size"]
+        [::std::mem::offset_of!(MoeCombineParams, hidden_size) - 40usize];
+    ["Offset of field: MoeCombineParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeCombineParams, num_experts_per_tok) - 44usize];
+    ["Offset of field: MoeCombineParams::accumulate"]
+        [::std::mem::offset_of!(MoeCombineParams, accumulate) - 48usize];
+    ["Offset of field: MoeCombineParams::reserved"]
+        [::std::mem::offset_of!(MoeCombineParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeWeightGradsParams {
+    pub d_topk_weights: u64,
+    pub partial: u64,
+    pub row_of_slot: u64,
+    pub step: u64,
+    pub num_parts: u32,
+    pub num_experts_per_tok: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeWeightGradsParams"][::std::mem::size_of::<MoeWeightGradsParams>() - 40usize];
+    ["Alignment of MoeWeightGradsParams"][::std::mem::align_of::<MoeWeightGradsParams>() - 8usize];
+    ["Offset of field: MoeWeightGradsParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, d_topk_weights) - 0usize];
+    ["Offset of field: MoeWeightGradsParams::partial"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, partial) - 8usize];
+    ["Offset of field: MoeWeightGradsParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeWeightGradsParams::step"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, step) - 24usize];
+    ["Offset of field: MoeWeightGradsParams::num_parts"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_parts) - 32usize];
+    ["Offset of field: MoeWeightGradsParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_experts_per_tok) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectJob {
+    pub x: u64,
+    pub pair: MoePair,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectJob"][::std::mem::size_of::<MoeLoraProjectJob>() - 64usize];
+    ["Alignment of MoeLoraProjectJob"][::std::mem::align_of::<MoeLoraProjectJob>() - 8usize];
+    ["Offset of field: MoeLoraProjectJob::x"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, x) - 0usize];
+    ["Offset of field: MoeLoraProjectJob::pair"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, pair) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectParams {
+    pub xa: u64,
+    pub lora: u64,
+    pub rows: MoeRows,
+    pub jobs: [MoeLoraProjectJob; 2usize],
+    pub xa_width: u32,
+    pub depth: u32,
+    pub gathered: u32,
+    pub backward: u32,
+    pub lora_is_bf16: u32,
+    pub rank_blocks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 216usize];
+    ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
+    ["Offset of field: MoeLoraProjectParams::xa"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa) - 0usize];
+    ["Offset of field: MoeLoraProjectParams::lora"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora) - 8usize];
+    ["Offset of field: MoeLoraProjectParams::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, rows) - 16usize];
+    ["Offset of field: MoeLoraProjectParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 64usize];
+    ["Offset of field: MoeLoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 192usize];
+    ["Offset of field: MoeLoraProjectParams::depth"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, depth) - 196usize];
+    ["Offset of field: MoeLoraProjectParams::gathered"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, gathered) - 200usize];
+    ["Offset of field: MoeLoraProjectParams::backward"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, backward) - 204usize];
+    ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 208usize];
+    ["Offset of field: MoeLoraProjectParams::rank_blocks"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, rank_blocks) - 212usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradJob {
+    pub wide: u64,
+    pub narrow: u64,
+    pub pair: MoePair,
+    pub width: u32,
+    pub gathered: u32,
+    pub is_b: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradJob"][::std::mem::size_of::<MoeLoraGradJob>() - 88usize];
+    ["Alignment of MoeLoraGradJob"][::std::mem::align_of::<MoeLoraGradJob>() - 8usize];
+    ["Offset of field: MoeLoraGradJob::wide"]
+        [::std::mem::offset_of!(MoeLoraGradJob, wide) - 0usize];
+    ["Offset of field: MoeLoraGradJob::narrow"]
+        [::std::mem::offset_of!(MoeLoraGradJob, narrow) - 8usize];
+    ["Offset of field: MoeLoraGradJob::pair"]
+        [::std::mem::offset_of!(MoeLoraGradJob, pair) - 16usize];
+    ["Offset of field: MoeLoraGradJob::width"]
+        [::std::mem::offset_of!(MoeLoraGradJob, width) - 72usize];
+    ["Offset of field: MoeLoraGradJob::gathered"]
+        [::std::mem::offset_of!(MoeLoraGradJob, gathered) - 76usize];
+    ["Offset of field: MoeLoraGradJob::is_b"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_b) - 80usize];
+    ["Offset of field: MoeLoraGradJob::reserved"]
+        [::std::mem::offset_of!(MoeLoraGradJob, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradsParams {
+    pub d_lora: u64,
+    pub topk_weights: u64,
+    pub rows: MoeRows,
+    pub jobs: [MoeLoraGradJob; 4usize],
+    pub narrow_width: u32,
+    pub column_blocks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradsParams"][::std::mem::size_of::<MoeLoraGradsParams>() - 424usize];
+    ["Alignment of MoeLoraGradsParams"][::std::mem::align_of::<MoeLoraGradsParams>() - 8usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora) - 0usize];
+    ["Offset of field: MoeLoraGradsParams::topk_weights"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, topk_weights) - 8usize];
+    ["Offset of field: MoeLoraGradsParams::rows"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, rows) - 16usize];
+    ["Offset of field: MoeLoraGradsParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, jobs) - 64usize];
+    ["Offset of field: MoeLoraGradsParams::narrow_width"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, narrow_width) - 416usize];
+    ["Offset of field: MoeLoraGradsParams::column_blocks"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, column_blocks) - 420usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteParams {
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub row_of_slot: u64,
+    pub counts: u64,
+    pub totals: u64,
+    pub logits: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteParams"][::std::mem::size_of::<MoeRouteParams>() - 88usize];
+    ["Alignment of MoeRouteParams"][::std::mem::align_of::<MoeRouteParams>() - 8usize];
+    ["Offset of field: MoeRouteParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_ids) - 0usize];
+    ["Offset of field: MoeRouteParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_weights) - 8usize];
+    ["Offset of field: MoeRouteParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeRouteParams, expert_offsets) - 16usize];
+    ["Offset of field: MoeRouteParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeRouteParams, slot_of_row) - 24usize];
+    ["Offset of field: MoeRouteParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeRouteParams, row_of_slot) - 32usize];
+    ["Offset of field: MoeRouteParams::counts"]
+        [::std::mem::offset_of!(MoeRouteParams, counts) - 40usize];
+    ["Offset of field: MoeRouteParams::totals"]
+        [::std::mem::offset_of!(MoeRouteParams, totals) - 48usize];
+    ["Offset of field: MoeRouteParams::logits"]
+        [::std::mem::offset_of!(MoeRouteParams, logits) - 56usize];
+    ["Offset of field: MoeRouteParams::step"]
+        [::std::mem::offset_of!(MoeRouteParams, step) - 64usize];
+    ["Offset of field: MoeRouteParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts) - 72usize];
+    ["Offset of field: MoeRouteParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts_per_tok) - 76usize];
+    ["Offset of field: MoeRouteParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteParams, norm_topk_prob) - 80usize];
+    ["Offset of field: MoeRouteParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteParams, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteBackwardParams {
+    pub d_logits: u64,
+    pub d_topk_weights: u64,
+    pub logits: u64,
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteBackwardParams"][::std::mem::size_of::<MoeRouteBackwardParams>() - 64usize];
+    ["Alignment of MoeRouteBackwardParams"]
+        [::std::mem::align_of::<MoeRouteBackwardParams>() - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::d_logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_logits) - 0usize];
+    ["Offset of field: MoeRouteBackwardParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_topk_weights) - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, logits) - 16usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_ids) - 24usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_weights) - 32usize];
+    ["Offset of field: MoeRouteBackwardParams::step"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, step) - 40usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts) - 48usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts_per_tok) - 52usize];
+    ["Offset of field: MoeRouteBackwardParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, norm_topk_prob) - 56usize];
+    ["Offset of field: MoeRouteBackwardParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+    pub num_elements: u64,
+    pub offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::codes"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::absmax"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
+    ["Offset of field: Nf4DequantizeParams::nested_codes"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
+    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
+    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+    ["Offset of field: Nf4DequantizeParams::offset"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
+    ["Offset of field: Nf4DequantizeParams::reserved"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
