@@ -1,0 +1,3 @@
+// Params of lora.cu.
+#pragma once
+#include "linear.h"
