@@ -1,10 +1,10 @@
 // What lies around the experts' products.
-//   moe_tiles         the rows of each expert cut into tiles of at most tile_rows, by falling locality: an expert's tiles in a row
+//   moe_tiles         the rows of each expert cut into tiles of at most tile_rows, an expert's one after the other; token_of_row
 //   moe_combine       out[t] (+)= sum_j topk_weights[t, j] rows[row_of_slot[t K + j]], weights 1 where there are none
 //   moe_weight_grads  d_topk_weights[t, j] = sum_i partial[row_of_slot[t K + j], i]
 //
 // out [T, D], rows [R, D] bf16; partial [R, parts] f32. T tokens, K per token, R = T K, D hidden_size, E experts.
-// tiles: one block of 256. combine: grid (capacity), a block of 256 per token, a thread every 256th group of 8 columns.
+// tiles: grid (R at capacity / 256), a thread per row; block 0 makes the tiles. combine: grid (capacity), a block of 256 per token, a thread every 256th group of 8 columns.
 // weight_grads: grid (R at capacity / 256), a thread per slot. 64 B of shared memory at most.
 // f32, sums in slot order, rounded once: deterministic.
 // Preconditions (the launcher checks): D a multiple of 8, rows 16-byte aligned; room for ceil(R / tile_rows) + E tiles.
@@ -25,6 +25,9 @@ DEVICE unsigned tiles_of(const MoeTilesParams& p, unsigned expert) {
 
 KERNEL(moe_tiles, MoeTilesParams, p, MOE_TILES_THREADS) {
     SHARED(unsigned, warp_sums, kWarps);
+    const size_t row = static_cast<size_t>(blockIdx.x) * MOE_TILES_THREADS + threadIdx.x;
+    if (row < p.expert_offsets[p.num_experts]) p.token_of_row[row] = p.slot_of_row[row] / p.num_experts_per_tok;
+    if (blockIdx.x > 0) return;
     const unsigned warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const unsigned share = (p.num_experts + MOE_TILES_THREADS - 1) / MOE_TILES_THREADS, begin = threadIdx.x * share;
     const unsigned end = begin + share < p.num_experts ? begin + share : p.num_experts;

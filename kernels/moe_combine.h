@@ -8,9 +8,13 @@
 struct MoeTilesParams {
     PTR(MoeTile) tiles;                  // [max_tiles]
     PTR(uint32_t) num_tiles;             // [1]
+    PTR(uint32_t) token_of_row;          // [R]
     PTR(const uint32_t) expert_offsets;  // [E + 1]
+    PTR(const uint32_t) slot_of_row;     // [R]
     uint32_t num_experts;
+    uint32_t num_experts_per_tok;        // K
     uint32_t tile_rows;
+    uint32_t reserved;
 };
 
 struct MoeCombineParams {

@@ -1,229 +1,160 @@
-// Per-expert low-rank products over routed rows, and their gradients.
-//   moe_lora_project  xa[r] = dropout(x[r]) A_e^T; backward: d_xa[r] = scaling d_out[r] B_e. Up to two jobs (gate and up)
-//   moe_lora_grads    d_a += d_xa^T dropout(x), d_b += scaling d_out^T xa, over the expert's rows in order; up to four jobs
+// The rank-r side of the experts' adapters, for the modules i (gate and up, or down) of one call and each expert e:
 //
-// x, d_out [T, depth] (gathered by token) or [R, depth] bf16; xa, d_xa [R, ranks] bf16; A [rank, in], B [out, rank] in the arena
-// (f32 or bf16, rounded to bf16 here); d_lora f32, accumulated. R routed rows sorted by expert; topk_weights may scale the rows.
-// project: grid (jobs rank_blocks, tiles), block 128: a warp takes 16 rows and 32 ranks, 64 columns a stage, two stages; 27 KB.
-// grads: grid (jobs column_blocks, E, rank blocks), block 128: a warp takes 32 columns and 32 ranks, 32 rows a stage; 22 KB.
-// f32 accumulation; a sum over rows is made by one block in their order: deterministic. An expert without rows is left alone.
-// Dropout zeroes elements on their way through shared memory; 1 / (1 - p) multiplies the sum.
-// Preconditions (the launcher checks): depths and widths multiples of 8, rows of x and d_out 16-byte aligned.
-// Cost: project reads x once per job (from the second-level cache for the second job), 2 R depth rank FLOPs; memory bound. grads
-// reads wide and narrow once. Reference: src/backend/cpu/lora.rs; docs/math/moe.md, linear.md. Hu et al. 2021.
-#include "rt/mma.cuh"
-
-#include "moe_rows.cuh"
+//   moe_lora_project  xa_i = keep_i (mask_i(x) A_ie^T); backward: d_xa_i = scaling_i d_out_i B_ie
+//   moe_lora_grads    dA_ie += keep_i d_xa_i^T mask_i(x), dB_ie += scaling_i d_out_i^T xa_i, over the expert's rows in order
+//
+// x, d_out [T, n] (a row per token, gathered) or [R, n] bf16; xa, d_xa [R, sum of ranks] bf16; A [r, in], B [out, r] and their
+// gradients f32 or bf16. R routed rows sorted by expert, T tokens. The mask of a row is that of its token. topk_weights, where
+// given, multiply each row's term of the gradients (down: the gradient of its output is weight d_out).
+// project: grid (modules, tiles, ranks / 64), block 128: 64 rows at a time, 16 or 64 ranks. Blocks of the same rows run together,
+// so that x comes from memory once. 40 KB of shared memory.
+// grads: grid (column tiles of all jobs, E, ranks / 64), block 128: 16 or 64 ranks and 128 columns, 64 rows a step; 36 or 56 KB.
+// f32 sums, those over rows by one block in their order: deterministic. The gradients of an expert without rows are left alone.
+// Preconditions (the launcher checks): n a multiple of 8, rows 16-byte aligned, ranks above 0.
+// Cost: 2 R r n FLOP each; x and d_out once per module: memory bound (r FLOP a byte). docs/kernels/moe.md.
+// Reference: src/backend/cpu/lora.rs, moe.rs; docs/math/moe.md. Hu et al. 2021.
+#include "rt/operands.cuh"
 
 #include "moe_lora.h"
+#include "moe_rows.cuh"
 
 namespace {
-constexpr unsigned kThreads = MOE_LORA_THREADS;
-constexpr unsigned kRanks = MOE_LORA_RANKS;
-constexpr unsigned kStages = 2;
+using ProjectTile16 = GemmTile<MOE_LORA_ROWS, 16, 4, 1>;
+using ProjectTile64 = GemmTile<MOE_LORA_ROWS, 64, 4, 1>;
+using GradTile16 = GemmTile<16, MOE_LORA_GRAD_COLS, 1, 4>;
+using GradTile64 = GemmTile<64, MOE_LORA_GRAD_COLS, 1, 4>;
+static_assert((kGemmStages * GradTile64::kM + 2 * GradTile64::kN) * kGemmDepth * sizeof(bf16) == MOE_LORA_GRAD_SHARED,
+              "what the launcher asks for");
 
-// moe_lora_project. Rows of shared memory are padded by 16 bytes, so that the eight of a matrix load lie in different banks.
-constexpr unsigned kRows = 64;
-constexpr unsigned kDepth = 64;
-constexpr unsigned kDepthRow = kDepth + 8;
-
-// moe_lora_grads.
-constexpr unsigned kGradRows = 32;
-constexpr unsigned kColumns = MOE_LORA_GRAD_COLUMNS;
-constexpr unsigned kWideRow = kColumns + 8;
-constexpr unsigned kNarrowRow = kRanks + 8;
-
-DEVICE bf16 arena_value(const void* lora, uint32_t is_bf16, uint64_t at) {
-    return is_bf16 ? static_cast<const bf16*>(lora)[at] : to_bf16(static_cast<const float*>(lora)[at]);
+// Rows [first, end) of a [T or R, num_cols] matrix that has a row for each of them.
+DEVICE Rows routed_rows(const MoeRows& rows, const bf16* base, uint32_t num_cols, bool is_gathered, size_t first, uint32_t num_rows) {
+    if (is_gathered) return aligned_rows_of(base, num_cols, num_rows, num_cols, rows.token_of_row + first);
+    return aligned_rows_of(base + first * num_cols, num_cols, num_rows, num_cols);
 }
 
-// Columns [column, column + 64) of rows [first, first + 64) of x, those beyond `num_rows` zero.
-DEVICE void load_rows(bf16* stage, const MoeLoraProjectParams& p, const bf16* x, const uint32_t* tokens, size_t first,
-                      unsigned num_rows, unsigned column) {
-    for (unsigned i = threadIdx.x; i < kRows * kDepth / kVector; i += kThreads) {
-        const unsigned row = i / (kDepth / kVector), part = column + i % (kDepth / kVector) * kVector;
-        const bool valid = row < num_rows && part < p.depth;
-        const size_t source = p.gathered ? tokens[row] : first + row;
-        copy_async_16(stage + row * kDepthRow + part - column, valid ? x + source * p.depth + part : x, valid);
+template <class Tile>
+DEVICE void project_rows(const MoeLoraProjectParams& p, const MoeLoraProjectJob& job, const LoraModule& module, bf16* shared,
+                         size_t first_row, unsigned num_rows) {
+    const unsigned first_rank = blockIdx.z * Tile::kN;
+    const bool active = Tile::warp_row() < num_rows;
+    const Rows from = routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows);
+    typename Tile::Sums sums = {};
+    float scale = module.scaling;
+    if (p.is_backward) {
+        CopiedRows<Tile, Tile::kM, false> d_out(from, 0);
+        LowRankRows<Tile, Tile::kN, true> b(low_rank_of(p.lora, module.b, job.num_cols, module.rank, p.lora_is_bf16), first_rank);
+        accumulate<Tile>(sums, shared, d_out, b, job.num_cols, active);
+    } else {
+        const Dropout mask = dropout_of(*p.rows.step, module.module, module.dropout_threshold, module.keep_scale);
+        DroppedRows<Tile, Tile::kM, false> x(from, 0, mask, p.rows.token_of_row + first_row);
+        LowRankRows<Tile, Tile::kN, false> a(low_rank_of(p.lora, module.a, module.rank, job.num_cols, p.lora_is_bf16), first_rank);
+        accumulate<Tile>(sums, shared, x, a, job.num_cols, active);
+        scale = mask.keep_scale;
     }
-}
-
-// What load_rows of this thread brought, dropped out.
-DEVICE void drop_rows(bf16* stage, const DropoutMask& mask, const uint32_t* tokens, unsigned num_rows, unsigned column) {
-    for (unsigned i = threadIdx.x; i < num_rows * kDepth / kVector; i += kThreads) {
-        const unsigned row = i / (kDepth / kVector), part = i % (kDepth / kVector) * kVector;
-        drop8(stage + row * kDepthRow + part, mask, tokens[row], column + part);
-    }
-}
-
-// The factor's 32 ranks, each a row of 64 columns of the depth; zero beyond either. Forward A [rank, depth], backward
-// B [depth, rank]; neighbouring threads read neighbouring elements of either.
-DEVICE void load_factor(bf16* stage, const MoeLoraProjectParams& p, const MoePair& pair, uint64_t factor, unsigned first_rank,
-                        unsigned column) {
-    for (unsigned i = threadIdx.x; i < kRanks * kDepth; i += kThreads) {
-        const unsigned rank = p.backward ? i % kRanks : i / kDepth, part = p.backward ? i / kRanks : i % kDepth;
-        const unsigned n = first_rank + rank, k = column + part;
-        bf16 value = to_bf16(0.0f);
-        if (n < pair.rank && k < p.depth) {
-            const uint64_t at = p.backward ? static_cast<uint64_t>(k) * pair.rank + n : static_cast<uint64_t>(n) * p.depth + k;
-            value = arena_value(p.lora, p.lora_is_bf16, factor + at);
+    for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
+        UNROLL for (unsigned i = 0; i < 4; ++i) {
+            const unsigned own = row + i / 2 * 8, rank = first_rank + col + i % 2;
+            if (own < num_rows && rank < module.rank)
+                p.xa[(first_row + own) * p.xa_width + module.first_column + rank] = to_bf16(scale * sum[i]);
         }
-        stage[rank * kDepthRow + part] = value;
+    });
+}
+
+// The narrow operand of the gradients: an expert's rows of xa or d_xa, each times its weight, along rows.
+template <class Tile>
+struct WeightedRows : Stage<Tile::kM, true> {
+    using S = Stage<Tile::kM, true>;
+    static constexpr bool kStaged = false;
+    Rows matrix;
+    unsigned first_rank;
+    const uint32_t* slots;
+    const float* weights;  // by slot; null: 1
+
+    METHOD WeightedRows(const Rows& matrix, unsigned first_rank, const uint32_t* slots, const float* weights)
+        : matrix(matrix), first_rank(first_rank), slots(slots), weights(weights) {}
+
+    METHOD void copy(bf16* tile, unsigned step) const {
+        for (unsigned at = threadIdx.x; at < S::kParts; at += Tile::kThreads) {
+            const unsigned tile_row = at / (S::kCols / 8), part = at % (S::kCols / 8);
+            const unsigned row = S::matrix_row(first_rank, step, tile_row), col = S::matrix_col(first_rank, step, part * 8);
+            bf16* const target = tile + tile_offset<S::kCols>(tile_row, part);
+            if (!weights || row >= matrix.num_rows) {
+                copy_part(target, matrix, row, col);
+                continue;
+            }
+            Words4 values = load_part_by_element(matrix, row, col);
+            const float weight = weights[slots[row]];
+            UNROLL for (unsigned i = 0; i < 4; ++i)
+                values.word[i] = pack_bf16_pair(weight * f32_of_bits(values.word[i] << 16),
+                                                weight * f32_of_bits(values.word[i] & 0xffff0000u));
+            *reinterpret_cast<Words4*>(target) = values;
+        }
+    }
+};
+
+DEVICE void add_to_arena(const MoeLoraGradsParams& p, size_t element, float value) {
+    if (p.d_lora_is_bf16) {
+        bf16* const at = static_cast<bf16*>(p.d_lora) + element;
+        *at = to_bf16(to_f32(*at) + value);
+    } else {
+        static_cast<float*>(p.d_lora)[element] += value;
     }
 }
 
-// d += the stage's rows times the factor, for the warp's 16 rows and all 32 ranks.
-DEVICE void multiply_stage(float (&d)[kRanks / 8][4], const bf16* x, const bf16* factor, unsigned lane) {
-    for (unsigned k = 0; k < kDepth; k += 16) {
-        uint32_t a[4];
-        load_matrix_x4(a, x + lane % 16 * kDepthRow + k + lane / 16 * 8);
-        for (unsigned part = 0; part < kRanks / 8; part += 2) {
-            uint32_t b[4];
-            load_matrix_x4(b, factor + ((part + lane / 16) * 8 + lane % 8) * kDepthRow + k + lane / 8 % 2 * 8);
-            const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-            mma_16x8x16(d[part], a, first);
-            mma_16x8x16(d[part + 1], a, second);
+template <class Tile>
+DEVICE void grad_tile(const MoeLoraGradsParams& p, const MoeLoraGradJob& job, bf16* shared, size_t first_row, unsigned num_rows) {
+    const LoraModule module = expert_module(job.projection, blockIdx.y);
+    const unsigned first_col = (blockIdx.x - job.first_tile) * Tile::kN, first_rank = blockIdx.z * Tile::kM;
+    const bool active = first_col + Tile::warp_col() < job.num_cols;
+    const Dropout mask = dropout_of(*p.rows.step, module.module, job.is_b ? 0 : module.dropout_threshold, module.keep_scale);
+    const bf16* const narrow_base = job.narrow + first_row * p.xa_width + module.first_column;
+    WeightedRows<Tile> narrow(rows_of(narrow_base, p.xa_width, num_rows, module.rank), first_rank, p.rows.slot_of_row + first_row,
+                              p.topk_weights);
+    DroppedRows<Tile, Tile::kN, true> wide(routed_rows(p.rows, job.wide, job.num_cols, job.is_gathered, first_row, num_rows),
+                                           first_col, mask, p.rows.token_of_row + first_row);
+    typename Tile::Sums sums = {};
+    accumulate<Tile>(sums, shared, narrow, wide, num_rows, active);
+    const float scale = job.is_b ? module.scaling : mask.keep_scale;
+    for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
+        UNROLL for (unsigned i = 0; i < 4; ++i) {
+            const unsigned rank = first_rank + row + i / 2 * 8, column = first_col + col + i % 2;
+            if (rank >= module.rank || column >= job.num_cols) continue;
+            const size_t element = job.is_b ? module.b + static_cast<size_t>(column) * module.rank + rank
+                                            : module.a + static_cast<size_t>(rank) * job.num_cols + column;
+            add_to_arena(p, element, scale * sum[i]);
         }
-    }
+    });
 }
 }  // namespace
 
 KERNEL(moe_lora_project, MoeLoraProjectParams, p, MOE_LORA_THREADS) {
-    SHARED(bf16, x_stages, kStages * kRows * kDepthRow);
-    SHARED(bf16, factor_stages, kStages * kRanks * kDepthRow);
-    SHARED(uint32_t, tokens, kRows);
-    const MoeLoraProjectJob& job = p.jobs[blockIdx.x / p.rank_blocks];
-    const MoePair& pair = job.pair;
-    const unsigned first_rank = blockIdx.x % p.rank_blocks * kRanks;
-    if (blockIdx.y >= *p.rows.num_tiles || first_rank >= pair.rank) return;
+    SHARED(bf16, shared, (kGemmStages * MOE_LORA_ROWS + 2 * MOE_LORA_RANKS) * kGemmDepth);
+    const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
+    if (blockIdx.y >= *p.rows.num_tiles || blockIdx.z * MOE_LORA_RANKS >= job.projection.expert0.lora.rank) return;
     const MoeTile tile = p.rows.tiles[blockIdx.y];
-    const unsigned warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const DropoutMask mask = dropout_mask(pair, tile.expert, p.rows.step);
-    const bool drops = mask.threshold && !p.backward;
-    const float scale = p.backward ? pair.scaling : mask.keep_scale;
-    const uint64_t factor = (p.backward ? pair.b : pair.a) + tile.expert * pair.stride;
-    const unsigned num_stages = (p.depth + kDepth - 1) / kDepth;
-    for (unsigned done = 0; done < tile.num_rows; done += kRows) {
-        const size_t first = tile.first_row + done;
-        const unsigned num_rows = tile.num_rows - done < kRows ? tile.num_rows - done : kRows;
-        if (threadIdx.x < num_rows) tokens[threadIdx.x] = static_cast<uint32_t>(token_of_row(p.rows, first + threadIdx.x));
-        __syncthreads();
-        float d[kRanks / 8][4] = {};
-        load_rows(x_stages, p, job.x, tokens, first, num_rows, 0);
-        copy_async_commit();
-        load_factor(factor_stages, p, pair, factor, first_rank, 0);
-        for (unsigned stage = 0; stage < num_stages; ++stage) {
-            const unsigned now = stage % kStages, next = (stage + 1) % kStages;
-            if (stage + 1 < num_stages)
-                load_rows(x_stages + next * kRows * kDepthRow, p, job.x, tokens, first, num_rows, (stage + 1) * kDepth);
-            copy_async_commit();
-            if (stage + 1 < num_stages)
-                load_factor(factor_stages + next * kRanks * kDepthRow, p, pair, factor, first_rank, (stage + 1) * kDepth);
-            copy_async_wait<1>();
-            bf16* const x = x_stages + now * kRows * kDepthRow;
-            if (drops) drop_rows(x, mask, tokens, num_rows, stage * kDepth);
-            __syncthreads();
-            if (warp * 16 < num_rows) multiply_stage(d, x + warp * 16 * kDepthRow, factor_stages + now * kRanks * kDepthRow, lane);
-            __syncthreads();
-        }
-        for (unsigned part = 0; part < kRanks / 8; ++part) {
-            for (unsigned i = 0; i < 4; ++i) {
-                const unsigned row = warp * 16 + lane / 4 + i / 2 * 8, rank = first_rank + part * 8 + lane % 4 * 2 + i % 2;
-                if (row < num_rows && rank < pair.rank)
-                    p.xa[(first + row) * p.xa_width + pair.first_column + rank] = to_bf16(scale * d[part][i]);
-            }
+    const LoraModule module = expert_module(job.projection, tile.expert);
+    for (unsigned done = 0; done < tile.num_rows; done += MOE_LORA_ROWS) {
+        const unsigned left = tile.num_rows - done, num_rows = left < MOE_LORA_ROWS ? left : MOE_LORA_ROWS;
+        if (module.rank <= 16) {
+            project_rows<ProjectTile16>(p, job, module, shared, tile.first_row + done, num_rows);
+        } else {
+            project_rows<ProjectTile64>(p, job, module, shared, tile.first_row + done, num_rows);
         }
     }
 }
-
-namespace {
-// Rows [first, first + 32) of the job's operands, zero beyond `end`: columns [column, column + 128) of the wide one, 32 ranks of
-// the narrow one.
-DEVICE void load_grad_rows(bf16* wide, bf16* narrow, const MoeLoraGradsParams& p, const MoeLoraGradJob& job, size_t first, size_t end,
-                           unsigned column, unsigned first_rank) {
-    for (unsigned i = threadIdx.x; i < kGradRows * kColumns / kVector; i += kThreads) {
-        const unsigned row = i / (kColumns / kVector), part = i % (kColumns / kVector) * kVector;
-        const bool valid = first + row < end && column + part < job.width;
-        const bf16* source = job.wide;
-        if (valid) source += (job.gathered ? token_of_row(p.rows, first + row) : first + row) * job.width + column + part;
-        copy_async_16(wide + row * kWideRow + part, source, valid);
-    }
-    for (unsigned i = threadIdx.x; i < kGradRows * kRanks; i += kThreads) {
-        const unsigned row = i / kRanks, rank = first_rank + i % kRanks;
-        float value = 0.0f;
-        if (first + row < end && rank < job.pair.rank) {
-            value = to_f32(job.narrow[(first + row) * p.narrow_width + job.pair.first_column + rank]);
-            if (p.topk_weights) value *= p.topk_weights[p.rows.slot_of_row[first + row]];
-        }
-        narrow[row * kNarrowRow + i % kRanks] = to_bf16(value);
-    }
-}
-
-DEVICE void drop_grad_rows(bf16* wide, const DropoutMask& mask, const MoeRows& rows, size_t first, size_t end, unsigned column) {
-    for (unsigned i = threadIdx.x; i < kGradRows * kColumns / kVector; i += kThreads) {
-        const unsigned row = i / (kColumns / kVector), part = i % (kColumns / kVector) * kVector;
-        if (first + row < end) drop8(wide + row * kWideRow + part, mask, token_of_row(rows, first + row), column + part);
-    }
-}
-
-// d[rank tile][column tile] += narrow^T wide, for the warp's 32 columns: both operands lie with rows of the sum outermost.
-DEVICE void multiply_grad_stage(float (&d)[kRanks / 16][4][4], const bf16* wide, const bf16* narrow, unsigned lane) {
-    for (unsigned k = 0; k < kGradRows; k += 16) {
-        uint32_t a[kRanks / 16][4];
-        for (unsigned i = 0; i < kRanks / 16; ++i)
-            load_matrix_x4_transposed(a[i], narrow + (k + lane / 16 * 8 + lane % 8) * kNarrowRow + i * 16 + lane / 8 % 2 * 8);
-        for (unsigned part = 0; part < 4; part += 2) {
-            uint32_t b[4];
-            load_matrix_x4_transposed(b, wide + (k + lane / 8 % 2 * 8 + lane % 8) * kWideRow + (part + lane / 16) * 8);
-            const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-            for (unsigned i = 0; i < kRanks / 16; ++i) {
-                mma_16x8x16(d[i][part], a[i], first);
-                mma_16x8x16(d[i][part + 1], a[i], second);
-            }
-        }
-    }
-}
-}  // namespace
 
 KERNEL(moe_lora_grads, MoeLoraGradsParams, p, MOE_LORA_THREADS) {
-    SHARED(bf16, wide_stages, kStages * kGradRows * kWideRow);
-    SHARED(bf16, narrow_stages, kStages * kGradRows * kNarrowRow);
-    const MoeLoraGradJob& job = p.jobs[blockIdx.x / p.column_blocks];
-    const unsigned column = blockIdx.x % p.column_blocks * kColumns, expert = blockIdx.y, first_rank = blockIdx.z * kRanks;
-    const size_t begin = p.rows.expert_offsets[expert], end = p.rows.expert_offsets[expert + 1];
-    if (begin == end || column >= job.width || first_rank >= job.pair.rank) return;
-    const unsigned warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    DropoutMask mask = dropout_mask(job.pair, expert, p.rows.step);
-    if (job.is_b) mask.threshold = 0;
-    float d[kRanks / 16][4][4] = {};
-    load_grad_rows(wide_stages, narrow_stages, p, job, begin, end, column, first_rank);
-    copy_async_commit();
-    unsigned now = 0;
-    for (size_t row = begin; row < end; row += kGradRows) {
-        const unsigned next = now ^ 1;
-        if (row + kGradRows < end)
-            load_grad_rows(wide_stages + next * kGradRows * kWideRow, narrow_stages + next * kGradRows * kNarrowRow, p, job,
-                           row + kGradRows, end, column, first_rank);
-        copy_async_commit();
-        copy_async_wait<1>();
-        bf16* const wide = wide_stages + now * kGradRows * kWideRow;
-        if (mask.threshold) drop_grad_rows(wide, mask, p.rows, row, end, column);
-        __syncthreads();
-        if (column + warp * 32 < job.width) multiply_grad_stage(d, wide + warp * 32, narrow_stages + now * kGradRows * kNarrowRow, lane);
-        __syncthreads();
-        now = next;
-    }
-    const float scale = job.is_b ? job.pair.scaling : mask.keep_scale;
-    float* const out = p.d_lora + (job.is_b ? job.pair.b : job.pair.a) + expert * job.pair.stride;
-    for (unsigned tile = 0; tile < kRanks / 16; ++tile) {
-        for (unsigned part = 0; part < 4; ++part) {
-            for (unsigned i = 0; i < 4; ++i) {
-                const unsigned rank = first_rank + tile * 16 + lane / 4 + i / 2 * 8;
-                const unsigned col = column + warp * 32 + part * 8 + lane % 4 * 2 + i % 2;
-                if (rank >= job.pair.rank || col >= job.width) continue;
-                float* const at = out + (job.is_b ? static_cast<size_t>(col) * job.pair.rank + rank : static_cast<size_t>(rank) * job.width + col);
-                *at += scale * d[tile][part][i];
-            }
-        }
+    DYNAMIC_SHARED(unsigned char, memory);
+    bf16* const shared = reinterpret_cast<bf16*>(memory);
+    unsigned i = 0;
+    while (i + 1 < p.num_jobs && blockIdx.x >= p.jobs[i + 1].first_tile) ++i;
+    const MoeLoraGradJob& job = p.jobs[i];
+    const unsigned rank = job.projection.expert0.lora.rank;
+    const unsigned first_row = p.rows.expert_offsets[blockIdx.y], end = p.rows.expert_offsets[blockIdx.y + 1];
+    if (first_row == end || blockIdx.z * MOE_LORA_RANKS >= rank) return;
+    if (rank <= 16) {
+        grad_tile<GradTile16>(p, job, shared, first_row, end - first_row);
+    } else {
+        grad_tile<GradTile64>(p, job, shared, first_row, end - first_row);
     }
 }

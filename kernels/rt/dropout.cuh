@@ -39,12 +39,12 @@ DEVICE void drop_part(Words4& part, const Dropout& mask, unsigned row, unsigned 
     }
 }
 
-// Zeroes what is dropped of a fragment, columns col, col + 1 of rows row (value[0], value[1]) and row + 8, and scales the rest.
-// Two neighbouring lanes share the four columns of a quad: one makes its words for one row, the other for the other. All
+// Zeroes what is dropped of a fragment, columns col, col + 1 of rows rows[0] (value[0], value[1]) and rows[1], and scales the
+// rest. Two neighbouring lanes share the four columns of a quad: one makes its words for one row, the other for the other. All
 // lanes of the warp call it, with the rows and columns that mma_16x8x16 gives them.
-DEVICE void drop_fragment(float (&value)[4], const Dropout& mask, unsigned row, unsigned col) {
+DEVICE void drop_fragment(float (&value)[4], const Dropout& mask, const unsigned (&rows)[2], unsigned col) {
     const bool is_odd = col / 2 % 2 != 0;
-    const Philox4 own = dropout_words(mask, is_odd ? row + 8 : row, col / 4);
+    const Philox4 own = dropout_words(mask, is_odd ? rows[1] : rows[0], col / 4);
     const uint32_t given[2] = {is_odd ? own.word[0] : own.word[2], is_odd ? own.word[1] : own.word[3]};
     const uint32_t taken[2] = {__shfl_xor_sync(kFullMask, given[0], 1), __shfl_xor_sync(kFullMask, given[1], 1)};
     UNROLL for (unsigned i = 0; i < 2; ++i) {
@@ -52,4 +52,10 @@ DEVICE void drop_fragment(float (&value)[4], const Dropout& mask, unsigned row, 
         value[i] = upper < mask.threshold ? 0.0f : value[i] * mask.keep_scale;
         value[2 + i] = lower < mask.threshold ? 0.0f : value[2 + i] * mask.keep_scale;
     }
+}
+
+// The same for rows row and row + 8.
+DEVICE void drop_fragment(float (&value)[4], const Dropout& mask, unsigned row, unsigned col) {
+    const unsigned rows[2] = {row, row + 8};
+    drop_fragment(value, mask, rows, col);
 }
