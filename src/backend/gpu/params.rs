@@ -11,23 +11,83 @@
     reason = "generated"
 )]
 
+pub const NF4_BLOCKSIZE: u32 = 64;
+pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
+pub const NF4_THREADS: u32 = 256;
+pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const LINEAR_THREADS: u32 = 128;
+pub const LINEAR_MAX_PROJECTIONS: u32 = 4;
+pub const LINEAR_TILE: u32 = 128;
+pub const LINEAR_SMALL_TILE: u32 = 64;
+pub const LINEAR_SMALL_ROWS: u32 = 256;
+pub const LINEAR_SHARED_NF4: u32 = 82944;
+pub const LINEAR_SHARED_DENSE: u32 = 99328;
+pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
+pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
+pub const MOE_TILE_ROWS: u32 = 128;
+pub const MOE_SMALL_TILE_ROWS: u32 = 64;
 pub const MOE_TILES_THREADS: u32 = 256;
 pub const MOE_COMBINE_THREADS: u32 = 256;
+pub const MOE_THREADS: u32 = 128;
+pub const MOE_TILE_COLS: u32 = 128;
+pub const MOE_SHARED_NF4: u32 = 82944;
+pub const MOE_SHARED_DENSE: u32 = 99328;
+pub const MOE_SMALL_SHARED_NF4: u32 = 58368;
+pub const MOE_SMALL_SHARED_DENSE: u32 = 74752;
+pub const MOE_PARTS_PER_TILE: u32 = 2;
 pub const MOE_LORA_THREADS: u32 = 128;
-pub const MOE_LORA_RANKS: u32 = 32;
-pub const MOE_LORA_GRAD_COLUMNS: u32 = 128;
+pub const MOE_LORA_ROWS: u32 = 64;
+pub const MOE_LORA_RANKS: u32 = 64;
+pub const MOE_LORA_GRAD_COLS: u32 = 128;
+pub const MOE_LORA_GRAD_SHARED: u32 = 57344;
 pub const MOE_LORA_MAX_JOBS: u32 = 4;
 pub const MOE_ROUTE_THREADS: u32 = 256;
 pub const MOE_ROUTE_TOKENS: u32 = 32;
 pub const MOE_ROUTE_MAX_EXPERTS: u32 = 1024;
 pub const MOE_ROUTE_SCAN_EXPERTS: u32 = 32;
-pub const NF4_BLOCKSIZE: u32 = 64;
-pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
-pub const NF4_THREADS: u32 = 256;
-pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SWIGLU_THREADS: u32 = 256;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4Weight {
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -90,6 +150,118 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraModule {
+    pub a: u64,
+    pub b: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub scaling: f32,
+    pub module: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraModule"][::std::mem::size_of::<LoraModule>() - 40usize];
+    ["Alignment of LoraModule"][::std::mem::align_of::<LoraModule>() - 8usize];
+    ["Offset of field: LoraModule::a"][::std::mem::offset_of!(LoraModule, a) - 0usize];
+    ["Offset of field: LoraModule::b"][::std::mem::offset_of!(LoraModule, b) - 8usize];
+    ["Offset of field: LoraModule::rank"][::std::mem::offset_of!(LoraModule, rank) - 16usize];
+    ["Offset of field: LoraModule::first_column"]
+        [::std::mem::offset_of!(LoraModule, first_column) - 20usize];
+    ["Offset of field: LoraModule::scaling"][::std::mem::offset_of!(LoraModule, scaling) - 24usize];
+    ["Offset of field: LoraModule::module"][::std::mem::offset_of!(LoraModule, module) - 28usize];
+    ["Offset of field: LoraModule::dropout_threshold"]
+        [::std::mem::offset_of!(LoraModule, dropout_threshold) - 32usize];
+    ["Offset of field: LoraModule::keep_scale"]
+        [::std::mem::offset_of!(LoraModule, keep_scale) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearProjection {
+    pub out: u64,
+    pub dense: u64,
+    pub nf4: Nf4Weight,
+    pub bias: u64,
+    pub lora: LoraModule,
+    pub out_features: u32,
+    pub first_tile: u32,
+    pub out_is_f32: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearProjection"][::std::mem::size_of::<LinearProjection>() - 120usize];
+    ["Alignment of LinearProjection"][::std::mem::align_of::<LinearProjection>() - 8usize];
+    ["Offset of field: LinearProjection::out"]
+        [::std::mem::offset_of!(LinearProjection, out) - 0usize];
+    ["Offset of field: LinearProjection::dense"]
+        [::std::mem::offset_of!(LinearProjection, dense) - 8usize];
+    ["Offset of field: LinearProjection::nf4"]
+        [::std::mem::offset_of!(LinearProjection, nf4) - 16usize];
+    ["Offset of field: LinearProjection::bias"]
+        [::std::mem::offset_of!(LinearProjection, bias) - 56usize];
+    ["Offset of field: LinearProjection::lora"]
+        [::std::mem::offset_of!(LinearProjection, lora) - 64usize];
+    ["Offset of field: LinearProjection::out_features"]
+        [::std::mem::offset_of!(LinearProjection, out_features) - 104usize];
+    ["Offset of field: LinearProjection::first_tile"]
+        [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
+    ["Offset of field: LinearProjection::out_is_f32"]
+        [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
+    ["Offset of field: LinearProjection::reserved"]
+        [::std::mem::offset_of!(LinearProjection, reserved) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearParams {
+    pub projections: [LinearProjection; 4usize],
+    pub h: u64,
+    pub d_x: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub row_tiles: u32,
+    pub col_tiles: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearParams"][::std::mem::size_of::<LinearParams>() - 560usize];
+    ["Alignment of LinearParams"][::std::mem::align_of::<LinearParams>() - 8usize];
+    ["Offset of field: LinearParams::projections"]
+        [::std::mem::offset_of!(LinearParams, projections) - 0usize];
+    ["Offset of field: LinearParams::h"][::std::mem::offset_of!(LinearParams, h) - 480usize];
+    ["Offset of field: LinearParams::d_x"][::std::mem::offset_of!(LinearParams, d_x) - 488usize];
+    ["Offset of field: LinearParams::x"][::std::mem::offset_of!(LinearParams, x) - 496usize];
+    ["Offset of field: LinearParams::xa"][::std::mem::offset_of!(LinearParams, xa) - 504usize];
+    ["Offset of field: LinearParams::lora"][::std::mem::offset_of!(LinearParams, lora) - 512usize];
+    ["Offset of field: LinearParams::step"][::std::mem::offset_of!(LinearParams, step) - 520usize];
+    ["Offset of field: LinearParams::num_projections"]
+        [::std::mem::offset_of!(LinearParams, num_projections) - 528usize];
+    ["Offset of field: LinearParams::in_features"]
+        [::std::mem::offset_of!(LinearParams, in_features) - 532usize];
+    ["Offset of field: LinearParams::xa_width"]
+        [::std::mem::offset_of!(LinearParams, xa_width) - 536usize];
+    ["Offset of field: LinearParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LinearParams, lora_is_bf16) - 540usize];
+    ["Offset of field: LinearParams::row_tiles"]
+        [::std::mem::offset_of!(LinearParams, row_tiles) - 544usize];
+    ["Offset of field: LinearParams::col_tiles"]
+        [::std::mem::offset_of!(LinearParams, col_tiles) - 548usize];
+    ["Offset of field: LinearParams::accumulate"]
+        [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
+    ["Offset of field: LinearParams::reserved"]
+        [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct MoeTile {
     pub expert: u32,
     pub first_row: u32,
@@ -112,9 +284,8 @@ pub struct MoeRows {
     pub num_tiles: u64,
     pub expert_offsets: u64,
     pub slot_of_row: u64,
+    pub token_of_row: u64,
     pub step: u64,
-    pub num_experts_per_tok: u32,
-    pub tile_rows: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -126,68 +297,81 @@ const _: () = {
         [::std::mem::offset_of!(MoeRows, expert_offsets) - 16usize];
     ["Offset of field: MoeRows::slot_of_row"]
         [::std::mem::offset_of!(MoeRows, slot_of_row) - 24usize];
-    ["Offset of field: MoeRows::step"][::std::mem::offset_of!(MoeRows, step) - 32usize];
-    ["Offset of field: MoeRows::num_experts_per_tok"]
-        [::std::mem::offset_of!(MoeRows, num_experts_per_tok) - 40usize];
-    ["Offset of field: MoeRows::tile_rows"][::std::mem::offset_of!(MoeRows, tile_rows) - 44usize];
+    ["Offset of field: MoeRows::token_of_row"]
+        [::std::mem::offset_of!(MoeRows, token_of_row) - 32usize];
+    ["Offset of field: MoeRows::step"][::std::mem::offset_of!(MoeRows, step) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct MoePair {
-    pub a: u64,
-    pub b: u64,
-    pub stride: u64,
-    pub rank: u32,
-    pub first_column: u32,
-    pub module: u32,
+pub struct MoeProjection {
+    pub expert0: LinearProjection,
+    pub dense_stride: u64,
+    pub codes_stride: u64,
+    pub absmax_stride: u64,
+    pub nested_codes_stride: u64,
+    pub nested_absmax_stride: u64,
+    pub lora_stride: u64,
     pub module_stride: u32,
-    pub dropout_threshold: u32,
-    pub keep_scale: f32,
-    pub scaling: f32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of MoePair"][::std::mem::size_of::<MoePair>() - 56usize];
-    ["Alignment of MoePair"][::std::mem::align_of::<MoePair>() - 8usize];
-    ["Offset of field: MoePair::a"][::std::mem::offset_of!(MoePair, a) - 0usize];
-    ["Offset of field: MoePair::b"][::std::mem::offset_of!(MoePair, b) - 8usize];
-    ["Offset of field: MoePair::stride"][::std::mem::offset_of!(MoePair, stride) - 16usize];
-    ["Offset of field: MoePair::rank"][::std::mem::offset_of!(MoePair, rank) - 24usize];
-    ["Offset of field: MoePair::first_column"]
-        [::std::mem::offset_of!(MoePair, first_column) - 28usize];
-    ["Offset of field: MoePair::module"][::std::mem::offset_of!(MoePair, module) - 32usize];
-    ["Offset of field: MoePair::module_stride"]
-        [::std::mem::offset_of!(MoePair, module_stride) - 36usize];
-    ["Offset of field: MoePair::dropout_threshold"]
-        [::std::mem::offset_of!(MoePair, dropout_threshold) - 40usize];
-    ["Offset of field: MoePair::keep_scale"][::std::mem::offset_of!(MoePair, keep_scale) - 44usize];
-    ["Offset of field: MoePair::scaling"][::std::mem::offset_of!(MoePair, scaling) - 48usize];
-    ["Offset of field: MoePair::reserved"][::std::mem::offset_of!(MoePair, reserved) - 52usize];
+    ["Size of MoeProjection"][::std::mem::size_of::<MoeProjection>() - 176usize];
+    ["Alignment of MoeProjection"][::std::mem::align_of::<MoeProjection>() - 8usize];
+    ["Offset of field: MoeProjection::expert0"]
+        [::std::mem::offset_of!(MoeProjection, expert0) - 0usize];
+    ["Offset of field: MoeProjection::dense_stride"]
+        [::std::mem::offset_of!(MoeProjection, dense_stride) - 120usize];
+    ["Offset of field: MoeProjection::codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, codes_stride) - 128usize];
+    ["Offset of field: MoeProjection::absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, absmax_stride) - 136usize];
+    ["Offset of field: MoeProjection::nested_codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_codes_stride) - 144usize];
+    ["Offset of field: MoeProjection::nested_absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_absmax_stride) - 152usize];
+    ["Offset of field: MoeProjection::lora_stride"]
+        [::std::mem::offset_of!(MoeProjection, lora_stride) - 160usize];
+    ["Offset of field: MoeProjection::module_stride"]
+        [::std::mem::offset_of!(MoeProjection, module_stride) - 168usize];
+    ["Offset of field: MoeProjection::reserved"]
+        [::std::mem::offset_of!(MoeProjection, reserved) - 172usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct MoeTilesParams {
     pub tiles: u64,
     pub num_tiles: u64,
+    pub token_of_row: u64,
     pub expert_offsets: u64,
+    pub slot_of_row: u64,
     pub num_experts: u32,
+    pub num_experts_per_tok: u32,
     pub tile_rows: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of MoeTilesParams"][::std::mem::size_of::<MoeTilesParams>() - 32usize];
+    ["Size of MoeTilesParams"][::std::mem::size_of::<MoeTilesParams>() - 56usize];
     ["Alignment of MoeTilesParams"][::std::mem::align_of::<MoeTilesParams>() - 8usize];
     ["Offset of field: MoeTilesParams::tiles"]
         [::std::mem::offset_of!(MoeTilesParams, tiles) - 0usize];
     ["Offset of field: MoeTilesParams::num_tiles"]
         [::std::mem::offset_of!(MoeTilesParams, num_tiles) - 8usize];
+    ["Offset of field: MoeTilesParams::token_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, token_of_row) - 16usize];
     ["Offset of field: MoeTilesParams::expert_offsets"]
-        [::std::mem::offset_of!(MoeTilesParams, expert_offsets) - 16usize];
+        [::std::mem::offset_of!(MoeTilesParams, expert_offsets) - 24usize];
+    ["Offset of field: MoeTilesParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, slot_of_row) - 32usize];
     ["Offset of field: MoeTilesParams::num_experts"]
-        [::std::mem::offset_of!(MoeTilesParams, num_experts) - 24usize];
+        [::std::mem::offset_of!(MoeTilesParams, num_experts) - 40usize];
+    ["Offset of field: MoeTilesParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts_per_tok) - 44usize];
     ["Offset of field: MoeTilesParams::tile_rows"]
-        [::std::mem::offset_of!(MoeTilesParams, tile_rows) - 28usize];
+        [::std::mem::offset_of!(MoeTilesParams, tile_rows) - 48usize];
+    ["Offset of field: MoeTilesParams::reserved"]
+        [::std::mem::offset_of!(MoeTilesParams, reserved) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -254,114 +438,210 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct MoeLoraProjectJob {
+pub struct MoeForwardParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub h: u64,
     pub x: u64,
-    pub pair: MoePair,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of MoeLoraProjectJob"][::std::mem::size_of::<MoeLoraProjectJob>() - 64usize];
-    ["Alignment of MoeLoraProjectJob"][::std::mem::align_of::<MoeLoraProjectJob>() - 8usize];
-    ["Offset of field: MoeLoraProjectJob::x"]
-        [::std::mem::offset_of!(MoeLoraProjectJob, x) - 0usize];
-    ["Offset of field: MoeLoraProjectJob::pair"]
-        [::std::mem::offset_of!(MoeLoraProjectJob, pair) - 8usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct MoeLoraProjectParams {
     pub xa: u64,
     pub lora: u64,
-    pub rows: MoeRows,
-    pub jobs: [MoeLoraProjectJob; 2usize],
+    pub in_features: u32,
     pub xa_width: u32,
-    pub depth: u32,
-    pub gathered: u32,
-    pub backward: u32,
     pub lora_is_bf16: u32,
-    pub rank_blocks: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 216usize];
-    ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
-    ["Offset of field: MoeLoraProjectParams::xa"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, xa) - 0usize];
-    ["Offset of field: MoeLoraProjectParams::lora"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, lora) - 8usize];
-    ["Offset of field: MoeLoraProjectParams::rows"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, rows) - 16usize];
-    ["Offset of field: MoeLoraProjectParams::jobs"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 64usize];
-    ["Offset of field: MoeLoraProjectParams::xa_width"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 192usize];
-    ["Offset of field: MoeLoraProjectParams::depth"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, depth) - 196usize];
-    ["Offset of field: MoeLoraProjectParams::gathered"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, gathered) - 200usize];
-    ["Offset of field: MoeLoraProjectParams::backward"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, backward) - 204usize];
-    ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 208usize];
-    ["Offset of field: MoeLoraProjectParams::rank_blocks"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, rank_blocks) - 212usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct MoeLoraGradJob {
-    pub wide: u64,
-    pub narrow: u64,
-    pub pair: MoePair,
-    pub width: u32,
-    pub gathered: u32,
-    pub is_b: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of MoeLoraGradJob"][::std::mem::size_of::<MoeLoraGradJob>() - 88usize];
+    ["Size of MoeForwardParams"][::std::mem::size_of::<MoeForwardParams>() - 448usize];
+    ["Alignment of MoeForwardParams"][::std::mem::align_of::<MoeForwardParams>() - 8usize];
+    ["Offset of field: MoeForwardParams::projections"]
+        [::std::mem::offset_of!(MoeForwardParams, projections) - 0usize];
+    ["Offset of field: MoeForwardParams::rows"]
+        [::std::mem::offset_of!(MoeForwardParams, rows) - 352usize];
+    ["Offset of field: MoeForwardParams::h"]
+        [::std::mem::offset_of!(MoeForwardParams, h) - 400usize];
+    ["Offset of field: MoeForwardParams::x"]
+        [::std::mem::offset_of!(MoeForwardParams, x) - 408usize];
+    ["Offset of field: MoeForwardParams::xa"]
+        [::std::mem::offset_of!(MoeForwardParams, xa) - 416usize];
+    ["Offset of field: MoeForwardParams::lora"]
+        [::std::mem::offset_of!(MoeForwardParams, lora) - 424usize];
+    ["Offset of field: MoeForwardParams::in_features"]
+        [::std::mem::offset_of!(MoeForwardParams, in_features) - 432usize];
+    ["Offset of field: MoeForwardParams::xa_width"]
+        [::std::mem::offset_of!(MoeForwardParams, xa_width) - 436usize];
+    ["Offset of field: MoeForwardParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeForwardParams, lora_is_bf16) - 440usize];
+    ["Offset of field: MoeForwardParams::reserved"]
+        [::std::mem::offset_of!(MoeForwardParams, reserved) - 444usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeInputGradParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub d_x: u64,
+    pub d_xa: u64,
+    pub lora: u64,
+    pub h: u64,
+    pub topk_weights: u64,
+    pub partial: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub is_gathered: u32,
+    pub num_parts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeInputGradParams"][::std::mem::size_of::<MoeInputGradParams>() - 472usize];
+    ["Alignment of MoeInputGradParams"][::std::mem::align_of::<MoeInputGradParams>() - 8usize];
+    ["Offset of field: MoeInputGradParams::projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, projections) - 0usize];
+    ["Offset of field: MoeInputGradParams::rows"]
+        [::std::mem::offset_of!(MoeInputGradParams, rows) - 352usize];
+    ["Offset of field: MoeInputGradParams::d_x"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_x) - 400usize];
+    ["Offset of field: MoeInputGradParams::d_xa"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_xa) - 408usize];
+    ["Offset of field: MoeInputGradParams::lora"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora) - 416usize];
+    ["Offset of field: MoeInputGradParams::h"]
+        [::std::mem::offset_of!(MoeInputGradParams, h) - 424usize];
+    ["Offset of field: MoeInputGradParams::topk_weights"]
+        [::std::mem::offset_of!(MoeInputGradParams, topk_weights) - 432usize];
+    ["Offset of field: MoeInputGradParams::partial"]
+        [::std::mem::offset_of!(MoeInputGradParams, partial) - 440usize];
+    ["Offset of field: MoeInputGradParams::num_projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_projections) - 448usize];
+    ["Offset of field: MoeInputGradParams::in_features"]
+        [::std::mem::offset_of!(MoeInputGradParams, in_features) - 452usize];
+    ["Offset of field: MoeInputGradParams::xa_width"]
+        [::std::mem::offset_of!(MoeInputGradParams, xa_width) - 456usize];
+    ["Offset of field: MoeInputGradParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora_is_bf16) - 460usize];
+    ["Offset of field: MoeInputGradParams::is_gathered"]
+        [::std::mem::offset_of!(MoeInputGradParams, is_gathered) - 464usize];
+    ["Offset of field: MoeInputGradParams::num_parts"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_parts) - 468usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectJob {
+    pub projection: MoeProjection,
+    pub rows: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectJob"][::std::mem::size_of::<MoeLoraProjectJob>() - 192usize];
+    ["Alignment of MoeLoraProjectJob"][::std::mem::align_of::<MoeLoraProjectJob>() - 8usize];
+    ["Offset of field: MoeLoraProjectJob::projection"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, projection) - 0usize];
+    ["Offset of field: MoeLoraProjectJob::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, rows) - 176usize];
+    ["Offset of field: MoeLoraProjectJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, num_cols) - 184usize];
+    ["Offset of field: MoeLoraProjectJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, is_gathered) - 188usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectParams {
+    pub jobs: [MoeLoraProjectJob; 2usize],
+    pub rows: MoeRows,
+    pub xa: u64,
+    pub lora: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub is_backward: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 464usize];
+    ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
+    ["Offset of field: MoeLoraProjectParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraProjectParams::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, rows) - 384usize];
+    ["Offset of field: MoeLoraProjectParams::xa"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa) - 432usize];
+    ["Offset of field: MoeLoraProjectParams::lora"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora) - 440usize];
+    ["Offset of field: MoeLoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 448usize];
+    ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 452usize];
+    ["Offset of field: MoeLoraProjectParams::is_backward"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, is_backward) - 456usize];
+    ["Offset of field: MoeLoraProjectParams::reserved"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, reserved) - 460usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradJob {
+    pub projection: MoeProjection,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradJob"][::std::mem::size_of::<MoeLoraGradJob>() - 208usize];
     ["Alignment of MoeLoraGradJob"][::std::mem::align_of::<MoeLoraGradJob>() - 8usize];
-    ["Offset of field: MoeLoraGradJob::wide"]
-        [::std::mem::offset_of!(MoeLoraGradJob, wide) - 0usize];
+    ["Offset of field: MoeLoraGradJob::projection"]
+        [::std::mem::offset_of!(MoeLoraGradJob, projection) - 0usize];
     ["Offset of field: MoeLoraGradJob::narrow"]
-        [::std::mem::offset_of!(MoeLoraGradJob, narrow) - 8usize];
-    ["Offset of field: MoeLoraGradJob::pair"]
-        [::std::mem::offset_of!(MoeLoraGradJob, pair) - 16usize];
-    ["Offset of field: MoeLoraGradJob::width"]
-        [::std::mem::offset_of!(MoeLoraGradJob, width) - 72usize];
-    ["Offset of field: MoeLoraGradJob::gathered"]
-        [::std::mem::offset_of!(MoeLoraGradJob, gathered) - 76usize];
+        [::std::mem::offset_of!(MoeLoraGradJob, narrow) - 176usize];
+    ["Offset of field: MoeLoraGradJob::wide"]
+        [::std::mem::offset_of!(MoeLoraGradJob, wide) - 184usize];
+    ["Offset of field: MoeLoraGradJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraGradJob, num_cols) - 192usize];
+    ["Offset of field: MoeLoraGradJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_gathered) - 196usize];
     ["Offset of field: MoeLoraGradJob::is_b"]
-        [::std::mem::offset_of!(MoeLoraGradJob, is_b) - 80usize];
-    ["Offset of field: MoeLoraGradJob::reserved"]
-        [::std::mem::offset_of!(MoeLoraGradJob, reserved) - 84usize];
+        [::std::mem::offset_of!(MoeLoraGradJob, is_b) - 200usize];
+    ["Offset of field: MoeLoraGradJob::first_tile"]
+        [::std::mem::offset_of!(MoeLoraGradJob, first_tile) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct MoeLoraGradsParams {
+    pub jobs: [MoeLoraGradJob; 4usize],
+    pub rows: MoeRows,
     pub d_lora: u64,
     pub topk_weights: u64,
-    pub rows: MoeRows,
-    pub jobs: [MoeLoraGradJob; 4usize],
-    pub narrow_width: u32,
-    pub column_blocks: u32,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of MoeLoraGradsParams"][::std::mem::size_of::<MoeLoraGradsParams>() - 424usize];
+    ["Size of MoeLoraGradsParams"][::std::mem::size_of::<MoeLoraGradsParams>() - 912usize];
     ["Alignment of MoeLoraGradsParams"][::std::mem::align_of::<MoeLoraGradsParams>() - 8usize];
-    ["Offset of field: MoeLoraGradsParams::d_lora"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora) - 0usize];
-    ["Offset of field: MoeLoraGradsParams::topk_weights"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, topk_weights) - 8usize];
-    ["Offset of field: MoeLoraGradsParams::rows"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, rows) - 16usize];
     ["Offset of field: MoeLoraGradsParams::jobs"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, jobs) - 64usize];
-    ["Offset of field: MoeLoraGradsParams::narrow_width"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, narrow_width) - 416usize];
-    ["Offset of field: MoeLoraGradsParams::column_blocks"]
-        [::std::mem::offset_of!(MoeLoraGradsParams, column_blocks) - 420usize];
+        [::std::mem::offset_of!(MoeLoraGradsParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraGradsParams::rows"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, rows) - 832usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora) - 880usize];
+    ["Offset of field: MoeLoraGradsParams::topk_weights"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, topk_weights) - 888usize];
+    ["Offset of field: MoeLoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, num_jobs) - 896usize];
+    ["Offset of field: MoeLoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, xa_width) - 900usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora_is_bf16) - 904usize];
+    ["Offset of field: MoeLoraGradsParams::reserved"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, reserved) - 908usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -450,42 +730,6 @@ const _: () = {
         [::std::mem::offset_of!(MoeRouteBackwardParams, norm_topk_prob) - 56usize];
     ["Offset of field: MoeRouteBackwardParams::reserved"]
         [::std::mem::offset_of!(MoeRouteBackwardParams, reserved) - 60usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
-    pub codes: u64,
-    pub absmax: u64,
-    pub nested_codes: u64,
-    pub nested_absmax: u64,
-    pub dynamic_code: u64,
-    pub num_elements: u64,
-    pub offset: f32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
