@@ -36,7 +36,18 @@ struct LinearProjection {
     LoraModule lora;
     uint32_t out_features;  // N
     uint32_t first_tile;    // forward: the first of its column tiles in the grid
-    uint32_t out_is_f32;
+    uint32_t out_is_f32;    // forward
+    uint32_t out_stride;    // backward: elements from row to row of d_out, a multiple of 8; zeros beyond N
+};
+
+// A gradient as bf16 rows that start at 16-byte borders, for one that is f32 or whose rows do not.
+struct LinearAlignParams {
+    PTR(bf16) out;        // [T, stride] zeros from column N on
+    PTR(const void) in;   // [T, N] bf16 or f32
+    PTR(const StepStateDevice) step;
+    uint32_t num_cols;    // N
+    uint32_t stride;      // a multiple of 8
+    uint32_t in_is_f32;
     uint32_t reserved;
 };
 

@@ -33,11 +33,7 @@ DEVICE void forward_tile(const LinearParams& p, unsigned char* memory) {
     if (w.lora.rank) {
         CopiedRows<Tile, Tile::kM, false> xa(rows_of(p.xa + w.lora.first_column, p.xa_width, num_tokens, w.lora.rank), first_row);
         LowRankTile<Tile, false> b(low_rank_of(p.lora, w.lora.b, w.out_features, w.lora.rank, p.lora_is_bf16), first_col);
-        const float scaling = w.lora.scaling;
-        add_low_rank<Tile>(sums, shared.tiles, xa, b, w.lora.rank, active,
-                           [&](unsigned, unsigned, float(&sum)[4], float(&product)[4]) {
-                               UNROLL for (unsigned j = 0; j < 4; ++j) sum[j] += scaling * product[j];
-                           });
+        add_low_rank<Tile>(sums, shared.tiles, xa, b, w.lora.rank, active, AddScaled{w.lora.scaling});
     }
     for_each_fragment<Tile>(sums, [&](unsigned tile_row, unsigned tile_col, float(&sum)[4]) {
         const unsigned row = first_row + tile_row, col = first_col + tile_col;

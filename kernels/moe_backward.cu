@@ -25,17 +25,8 @@ DEVICE void add_adapter(typename Tile::Sums& sums, bf16* tiles, const MoeInputGr
     CopiedRows<Tile, Tile::kM, false> d_xa(narrow_rows_of_tile(tile, p.d_xa, p.xa_width, module), 0);
     LowRankTile<Tile, true> a(low_rank_of(p.lora, module.a, module.rank, p.in_features, p.lora_is_bf16), first_col);
     const Dropout mask = dropout_of(*p.rows.step, module.module, module.dropout_threshold, module.keep_scale);
-    const uint32_t* const token_of_row = p.rows.token_of_row + tile.first_row;
     add_low_rank<Tile>(sums, tiles, d_xa, a, module.rank, active,
-                       [&](unsigned row, unsigned col, float(&sum)[4], float(&product)[4]) {
-                           if (mask.is_on) {
-                               const unsigned last = tile.num_rows - 1, below = row + 8;
-                               const unsigned tokens[2] = {token_of_row[row < last ? row : last],
-                                                           token_of_row[below < last ? below : last]};
-                               drop_fragment(product, mask, tokens, first_col + col);
-                           }
-                           UNROLL for (unsigned j = 0; j < 4; ++j) sum[j] += product[j];
-                       });
+                       AddDropped<Tile>(mask, 0, first_col, p.rows.token_of_row + tile.first_row, tile.num_rows));
 }
 
 // partial[r, part] = sum over the warp's columns of h delta, then delta *= w.

@@ -18,6 +18,18 @@
 
 namespace {
 
+// For add_low_rank: sum += scaling product; with kHalf, in the columns of one of two projections.
+template <unsigned kHalf>
+struct AddOfPair {
+    float scaling;
+    bool is_second;
+
+    METHOD void begin(unsigned, unsigned) {}
+    METHOD void operator()(unsigned, unsigned col, float (&sum)[4], const float (&product)[4]) const {
+        if (Pairing<kHalf>::is_second(col) == is_second) AddScaled{scaling}(0, col, sum, product);
+    }
+};
+
 // sums += scaling xa B^T; with kHalf, in the columns of one of two projections.
 template <class Tile, unsigned kHalf>
 DEVICE void add_adapter(typename Tile::Sums& sums, bf16* tiles, const MoeForwardParams& p, const LinearProjection& w,
@@ -27,12 +39,7 @@ DEVICE void add_adapter(typename Tile::Sums& sums, bf16* tiles, const MoeForward
     CopiedRows<Tile, Tile::kM, false> xa(narrow_rows_of_tile(tile, p.xa, p.xa_width, module), 0);
     LowRankTile<Tile, false, kHalf> b(low_rank_of(p.lora, module.b, w.out_features, module.rank, p.lora_is_bf16), first_col,
                                       is_second);
-    const float scaling = module.scaling;
-    add_low_rank<Tile>(sums, tiles, xa, b, module.rank, active,
-                       [&](unsigned, unsigned col, float(&sum)[4], float(&product)[4]) {
-                           if (Pairing<kHalf>::is_second(col) != is_second) return;
-                           UNROLL for (unsigned j = 0; j < 4; ++j) sum[j] += scaling * product[j];
-                       });
+    add_low_rank<Tile>(sums, tiles, xa, b, module.rank, active, AddOfPair<kHalf>{module.scaling, is_second});
 }
 
 DEVICE float swiglu(float gate, float up) {

@@ -8,6 +8,7 @@
 #ifdef __CUDACC__
 
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 // Of a struct.
 #define METHOD __device__ __forceinline__
 
@@ -28,6 +29,7 @@ DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #else
 
 #define UNROLL
+#define NO_UNROLL
 #define METHOD inline
 
 DEVICE uint32_t pack_bf16_pair(float low, float high) {

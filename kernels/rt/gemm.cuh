@@ -3,7 +3,7 @@
 //   using Tile = GemmTile<128, 128, 2, 2>;           // a block's rows and columns, and its warps along each
 //   Tile::Sums sums = {};                            // this thread's part of the block's [kM, kN] f32 results
 //   accumulate<Tile>(sums, shared, a, b, depth);     // sums += A B^T, as often as there are products to add
-//   add_low_rank<Tile>(sums, shared, ...);           // sums += f(narrow B^T), an adapter's product
+//   add_low_rank<Tile>(sums, shared, ...);           // sums += scaling narrow B^T, an adapter's product
 //   for_each_fragment<Tile>(sums, store);            // the epilogue: store(row, col, float (&sum)[4])
 //
 // An operand knows where its part of global memory lies and brings a stage of kGemmDepth elements in depth to shared memory
@@ -164,18 +164,29 @@ DEVICE void for_each_fragment(typename Tile::Sums& sums, F f) {
     }
 }
 
+// For add_low_rank: sum += scaling product.
+struct AddScaled {
+    float scaling;
+
+    METHOD void begin(unsigned, unsigned) {}
+    METHOD void operator()(unsigned, unsigned, float (&sum)[4], const float (&product)[4]) const {
+        UNROLL for (unsigned i = 0; i < 4; ++i) sum[i] += scaling * product[i];
+    }
+};
+
 // Elements of shared memory that add_low_rank needs.
 template <class Tile>
 constexpr unsigned low_rank_shared_elements() {
     return (Tile::kM + Tile::kN) * kGemmDepth;
 }
 
-// An adapter's product narrow low^T over `rank`: for each fragment f(row, col, sum, product) adds what it makes of it to the
-// sum. `narrow` and `low` are operands with copy(tile, step), extents kM and kN. More than kGemmDepth ranks come in parts.
-// All threads of the block call it; `shared` is free before and after.
-template <class Tile, class Narrow, class Low, class F>
-DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, Narrow& narrow, Low& low, unsigned rank, bool active, F f) {
-    constexpr unsigned kSlices = kGemmDepth / 16;
+// An adapter's product narrow low^T over `rank`. For each fragment add(n, col, sum, product) adds what it makes of it to the
+// sum; add.begin(row, col) comes before a row of fragments, whose n-th has columns col + 8 n. (row, col) is the thread's place in
+// the tile, as for_each_fragment has it. `narrow` and `low` are operands with copy(tile, step), extents kM and kN. More than
+// kGemmDepth ranks come in parts. All threads of the block call it; `shared` is free before and after.
+template <class Tile, class Narrow, class Low, class Add>
+DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, const Narrow& narrow, const Low& low, unsigned rank, bool active,
+                         Add add) {
     bf16* const low_tile = shared + Tile::kM * kGemmDepth;
     const unsigned lane = threadIdx.x % kWarpSize;
     const unsigned warp_row = Tile::warp_row(), warp_col = Tile::warp_col();
@@ -185,25 +196,22 @@ DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, Narrow& narrow
         low.copy(low_tile, first / kGemmDepth);
         copy_async_wait<0>();
         __syncthreads();
+        const unsigned left = rank - first, depth = left < kGemmDepth ? left : kGemmDepth;
         UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
             if (!active) break;
-            uint32_t a_part[kSlices][4];
-            UNROLL for (unsigned slice = 0; slice < kSlices; ++slice) {
-                if (first + slice * 16 < rank)
-                    load_a<Tile, Narrow::kAlongRows>(a_part[slice], shared, warp_row + m * 16, slice * 16);
-            }
+            const unsigned row = warp_row + m * 16, col = warp_col + lane % 4 * 2;
+            add.begin(row + lane / 4, col);
             UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
                 float product[2][4] = {};
-                UNROLL for (unsigned slice = 0; slice < kSlices; ++slice) {
-                    if (first + slice * 16 >= rank) continue;
-                    uint32_t b_first[2], b_second[2];
-                    load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, slice * 16);
-                    mma_16x8x16(product[0], a_part[slice], b_first);
-                    mma_16x8x16(product[1], a_part[slice], b_second);
+                for (unsigned k = 0; k < depth; k += 16) {
+                    uint32_t a_part[4], b_first[2], b_second[2];
+                    load_a<Tile, Narrow::kAlongRows>(a_part, shared, row, k);
+                    load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, k);
+                    mma_16x8x16(product[0], a_part, b_first);
+                    mma_16x8x16(product[1], a_part, b_second);
                 }
-                const unsigned row = warp_row + m * 16 + lane / 4, col = warp_col + n * 8 + lane % 4 * 2;
-                f(row, col, sums[m][n], product[0]);
-                f(row, col + 8, sums[m][n + 1], product[1]);
+                add(n, col + n * 8, sums[m][n], product[0]);
+                add(n + 1, col + n * 8 + 8, sums[m][n + 1], product[1]);
             }
         }
         __syncthreads();

@@ -112,15 +112,21 @@ struct CopiedRows : Stage<kExtent, kAlongRowsOfIt> {
             const unsigned at = threadIdx.x + i * Tile::kThreads;
             const unsigned row = at / (S::kCols / 8), part = at % (S::kCols / 8);
             Rows from = matrix;
-            if (Pairing<kHalf>::is_second(row)) from.base = second_base;
+            // Threads take consecutive rows: where kHalf is a multiple of those of one turn, this is the same for all of them.
+            constexpr unsigned kRowsPerTurn = Tile::kThreads / (S::kCols / 8);
+            if constexpr (kHalf != 0 && kHalf % kRowsPerTurn == 0) {
+                if (i * kRowsPerTurn / kHalf % 2 != 0) from.base = second_base;
+            } else {
+                if (Pairing<kHalf>::is_second(row)) from.base = second_base;
+            }
             copy_part(tile + tile_offset<S::kCols>(row, part), from, S::matrix_row(first, step, Pairing<kHalf>::row(row)),
                       S::matrix_col(first, step, part * 8));
         }
     }
 };
 
-// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]. What is kept is not scaled: that is left to whoever
-// has the sums, so that what is multiplied is exact in bf16.
+// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]. What is kept is not scaled: that is
+// left to whoever has the sums, so that what is multiplied is exact in bf16.
 template <class Tile, unsigned kExtent, bool kAlongRowsOfIt>
 struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
     using S = Stage<kExtent, kAlongRowsOfIt>;

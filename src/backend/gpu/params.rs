@@ -24,6 +24,13 @@ pub const LINEAR_SHARED_NF4: u32 = 82944;
 pub const LINEAR_SHARED_DENSE: u32 = 99328;
 pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
 pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
+pub const LORA_THREADS: u32 = 128;
+pub const LORA_ROWS: u32 = 64;
+pub const LORA_RANKS: u32 = 64;
+pub const LORA_GRAD_COLS: u32 = 128;
+pub const LORA_GRAD_TOKENS: u32 = 1024;
+pub const LORA_MAX_JOBS: u32 = 8;
+pub const LORA_GRAD_SHARED: u32 = 57344;
 pub const MOE_TILE_ROWS: u32 = 128;
 pub const MOE_SMALL_TILE_ROWS: u32 = 64;
 pub const MOE_TILES_THREADS: u32 = 256;
@@ -187,7 +194,7 @@ pub struct LinearProjection {
     pub out_features: u32,
     pub first_tile: u32,
     pub out_is_f32: u32,
-    pub reserved: u32,
+    pub out_stride: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -209,8 +216,38 @@ const _: () = {
         [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
     ["Offset of field: LinearProjection::out_is_f32"]
         [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
-    ["Offset of field: LinearProjection::reserved"]
-        [::std::mem::offset_of!(LinearProjection, reserved) - 116usize];
+    ["Offset of field: LinearProjection::out_stride"]
+        [::std::mem::offset_of!(LinearProjection, out_stride) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearAlignParams {
+    pub out: u64,
+    pub in_: u64,
+    pub step: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub in_is_f32: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearAlignParams"][::std::mem::size_of::<LinearAlignParams>() - 40usize];
+    ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
+    ["Offset of field: LinearAlignParams::out"]
+        [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
+    ["Offset of field: LinearAlignParams::in_"]
+        [::std::mem::offset_of!(LinearAlignParams, in_) - 8usize];
+    ["Offset of field: LinearAlignParams::step"]
+        [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
+    ["Offset of field: LinearAlignParams::num_cols"]
+        [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
+    ["Offset of field: LinearAlignParams::stride"]
+        [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
+    ["Offset of field: LinearAlignParams::in_is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, in_is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::reserved"]
+        [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -259,6 +296,106 @@ const _: () = {
         [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
     ["Offset of field: LinearParams::reserved"]
         [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraProjectParams {
+    pub modules: [LoraModule; 4usize],
+    pub rows: [u64; 4usize],
+    pub num_cols: [u32; 4usize],
+    pub strides: [u32; 4usize],
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraProjectParams"][::std::mem::size_of::<LoraProjectParams>() - 256usize];
+    ["Alignment of LoraProjectParams"][::std::mem::align_of::<LoraProjectParams>() - 8usize];
+    ["Offset of field: LoraProjectParams::modules"]
+        [::std::mem::offset_of!(LoraProjectParams, modules) - 0usize];
+    ["Offset of field: LoraProjectParams::rows"]
+        [::std::mem::offset_of!(LoraProjectParams, rows) - 160usize];
+    ["Offset of field: LoraProjectParams::num_cols"]
+        [::std::mem::offset_of!(LoraProjectParams, num_cols) - 192usize];
+    ["Offset of field: LoraProjectParams::strides"]
+        [::std::mem::offset_of!(LoraProjectParams, strides) - 208usize];
+    ["Offset of field: LoraProjectParams::xa"]
+        [::std::mem::offset_of!(LoraProjectParams, xa) - 224usize];
+    ["Offset of field: LoraProjectParams::lora"]
+        [::std::mem::offset_of!(LoraProjectParams, lora) - 232usize];
+    ["Offset of field: LoraProjectParams::step"]
+        [::std::mem::offset_of!(LoraProjectParams, step) - 240usize];
+    ["Offset of field: LoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(LoraProjectParams, xa_width) - 248usize];
+    ["Offset of field: LoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LoraProjectParams, lora_is_bf16) - 252usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradJob {
+    pub module: LoraModule,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+    pub first_partial: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradJob"][::std::mem::size_of::<LoraGradJob>() - 80usize];
+    ["Alignment of LoraGradJob"][::std::mem::align_of::<LoraGradJob>() - 8usize];
+    ["Offset of field: LoraGradJob::module"][::std::mem::offset_of!(LoraGradJob, module) - 0usize];
+    ["Offset of field: LoraGradJob::narrow"][::std::mem::offset_of!(LoraGradJob, narrow) - 40usize];
+    ["Offset of field: LoraGradJob::wide"][::std::mem::offset_of!(LoraGradJob, wide) - 48usize];
+    ["Offset of field: LoraGradJob::num_cols"]
+        [::std::mem::offset_of!(LoraGradJob, num_cols) - 56usize];
+    ["Offset of field: LoraGradJob::stride"][::std::mem::offset_of!(LoraGradJob, stride) - 60usize];
+    ["Offset of field: LoraGradJob::is_b"][::std::mem::offset_of!(LoraGradJob, is_b) - 64usize];
+    ["Offset of field: LoraGradJob::first_tile"]
+        [::std::mem::offset_of!(LoraGradJob, first_tile) - 68usize];
+    ["Offset of field: LoraGradJob::first_partial"]
+        [::std::mem::offset_of!(LoraGradJob, first_partial) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradsParams {
+    pub jobs: [LoraGradJob; 8usize],
+    pub d_lora: u64,
+    pub partials: u64,
+    pub step: u64,
+    pub num_partials: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradsParams"][::std::mem::size_of::<LoraGradsParams>() - 688usize];
+    ["Alignment of LoraGradsParams"][::std::mem::align_of::<LoraGradsParams>() - 8usize];
+    ["Offset of field: LoraGradsParams::jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, jobs) - 0usize];
+    ["Offset of field: LoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora) - 640usize];
+    ["Offset of field: LoraGradsParams::partials"]
+        [::std::mem::offset_of!(LoraGradsParams, partials) - 648usize];
+    ["Offset of field: LoraGradsParams::step"]
+        [::std::mem::offset_of!(LoraGradsParams, step) - 656usize];
+    ["Offset of field: LoraGradsParams::num_partials"]
+        [::std::mem::offset_of!(LoraGradsParams, num_partials) - 664usize];
+    ["Offset of field: LoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, num_jobs) - 672usize];
+    ["Offset of field: LoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(LoraGradsParams, xa_width) - 676usize];
+    ["Offset of field: LoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora_is_bf16) - 680usize];
+    ["Offset of field: LoraGradsParams::reserved"]
+        [::std::mem::offset_of!(LoraGradsParams, reserved) - 684usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
