@@ -62,13 +62,13 @@ DEVICE void input_grad_tile(const MoeInputGradParams& p, unsigned char* memory) 
     static_assert(Tile::kN / Tile::kWarpN == MOE_PARTS_PER_TILE, "what the launcher makes room for");
     if (blockIdx.y >= *p.rows.num_tiles) return;
     const LinearShared shared = linear_shared(memory);
-    const MoeTile tile = p.rows.tiles[blockIdx.y];
+    const MoeTile& tile = p.rows.tiles[blockIdx.y];
     const unsigned first_col = blockIdx.x * Tile::kN;
     const bool active = Tile::warp_row() < tile.num_rows && first_col + Tile::warp_col() < p.in_features;
 
     typename Tile::Sums sums = {};
     for (unsigned i = 0; i < p.num_projections; ++i) {
-        const LinearProjection w = expert_projection(p.projections[i], tile.expert);
+        const LinearProjection w = expert_weight(p.projections[i], tile.expert);
         const Rows d_out = rows_of_tile(p.rows, tile, w.out, w.out_features, p.is_gathered);
         add_weight_product<Tile, true>(sums, shared, d_out, 0, w, w, p.in_features, first_col, active);
     }

@@ -32,13 +32,13 @@ struct AddOfPair {
 
 // sums += scaling xa B^T; with kHalf, in the columns of one of two projections.
 template <class Tile, unsigned kHalf>
-DEVICE void add_adapter(typename Tile::Sums& sums, bf16* tiles, const MoeForwardParams& p, const LinearProjection& w,
+DEVICE void add_adapter(typename Tile::Sums& sums, bf16* tiles, const MoeForwardParams& p, const MoeProjection& projection,
                         const MoeTile& tile, unsigned first_col, bool is_second, bool active) {
-    const LoraModule& module = w.lora;
+    const LoraModule module = expert_module(projection, tile.expert);
     if (module.rank == 0) return;
     CopiedRows<Tile, Tile::kM, false> xa(narrow_rows_of_tile(tile, p.xa, p.xa_width, module), 0);
-    LowRankTile<Tile, false, kHalf> b(low_rank_of(p.lora, module.b, w.out_features, module.rank, p.lora_is_bf16), first_col,
-                                      is_second);
+    const uint32_t out_features = projection.expert0.out_features;
+    LowRankTile<Tile, false, kHalf> b(low_rank_of(p.lora, module.b, out_features, module.rank, p.lora_is_bf16), first_col, is_second);
     add_low_rank<Tile>(sums, tiles, xa, b, module.rank, active, AddOfPair<kHalf>{module.scaling, is_second});
 }
 
@@ -52,17 +52,19 @@ DEVICE void gate_up_tile(const MoeForwardParams& p, unsigned char* memory) {
     constexpr unsigned kHalf = Tile::kWarpN / 2;
     if (blockIdx.y >= *p.rows.num_tiles) return;
     const LinearShared shared = linear_shared(memory);
-    const MoeTile tile = p.rows.tiles[blockIdx.y];
-    const LinearProjection gate = expert_projection(p.projections[0], tile.expert);
-    const LinearProjection up = expert_projection(p.projections[1], tile.expert);
-    const unsigned num_cols = gate.out_features, first_col = blockIdx.x * (Tile::kN / 2);
+    const MoeTile& tile = p.rows.tiles[blockIdx.y];
+    const unsigned num_cols = p.projections[0].expert0.out_features, first_col = blockIdx.x * (Tile::kN / 2);
     const bool active = Tile::warp_row() < tile.num_rows && first_col + Tile::warp_col() / 2 < num_cols;
 
     typename Tile::Sums sums = {};
-    add_weight_product<Tile, false, kHalf>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, true), 0, gate, up,
-                                           p.in_features, first_col, active);
-    add_adapter<Tile, kHalf>(sums, shared.tiles, p, gate, tile, first_col, false, active);
-    add_adapter<Tile, kHalf>(sums, shared.tiles, p, up, tile, first_col, true, active);
+    add_weight_product<Tile, false, kHalf>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, true), 0,
+                                           expert_weight(p.projections[0], tile.expert),
+                                           expert_weight(p.projections[1], tile.expert), p.in_features, first_col, active);
+    NO_UNROLL for (unsigned i = 0; i < 2; ++i)
+        add_adapter<Tile, kHalf>(sums, shared.tiles, p, p.projections[i], tile, first_col, i == 1, active);
+
+    bf16* const gate = static_cast<bf16*>(p.projections[0].expert0.out);
+    bf16* const up = static_cast<bf16*>(p.projections[1].expert0.out);
 
     constexpr unsigned kHalfFragments = Tile::kFragmentsN / 2;
     const unsigned lane = threadIdx.x % kWarpSize;
@@ -75,8 +77,8 @@ DEVICE void gate_up_tile(const MoeForwardParams& p, unsigned char* memory) {
                 const unsigned tile_row = Tile::warp_row() + m * 16 + lane / 4 + i * 4;
                 if (tile_row >= tile.num_rows) continue;
                 const size_t row = tile.first_row + tile_row;
-                store_pair(static_cast<bf16*>(gate.out), row, col, num_cols, g[i], g[i + 1]);
-                store_pair(static_cast<bf16*>(up.out), row, col, num_cols, u[i], u[i + 1]);
+                store_pair(gate, row, col, num_cols, g[i], g[i + 1]);
+                store_pair(up, row, col, num_cols, u[i], u[i + 1]);
                 store_pair(p.h, row, col, num_cols, swiglu(g[i], u[i]), swiglu(g[i + 1], u[i + 1]));
             }
         }
@@ -87,15 +89,16 @@ template <class Tile>
 DEVICE void down_tile(const MoeForwardParams& p, unsigned char* memory) {
     if (blockIdx.y >= *p.rows.num_tiles) return;
     const LinearShared shared = linear_shared(memory);
-    const MoeTile tile = p.rows.tiles[blockIdx.y];
-    const LinearProjection down = expert_projection(p.projections[0], tile.expert);
+    const MoeTile& tile = p.rows.tiles[blockIdx.y];
+    const LinearProjection& down = p.projections[0].expert0;
     const unsigned num_cols = down.out_features, first_col = blockIdx.x * Tile::kN;
     const bool active = Tile::warp_row() < tile.num_rows && first_col + Tile::warp_col() < num_cols;
 
     typename Tile::Sums sums = {};
-    add_weight_product<Tile, false>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, false), 0, down, down,
+    const LinearProjection weight = expert_weight(p.projections[0], tile.expert);
+    add_weight_product<Tile, false>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, false), 0, weight, weight,
                                     p.in_features, first_col, active);
-    add_adapter<Tile, 0>(sums, shared.tiles, p, down, tile, first_col, false, active);
+    add_adapter<Tile, 0>(sums, shared.tiles, p, p.projections[0], tile, first_col, false, active);
     for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
         UNROLL for (unsigned i = 0; i < 4; i += 2) {
             if (row + i * 4 >= tile.num_rows) continue;

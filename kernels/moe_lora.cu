@@ -1,13 +1,14 @@
 // The rank-r side of the experts' adapters, for the modules i (gate and up, or down) of one call and each expert e:
 //
-//   moe_lora_project  xa_i = keep_i (mask_i(x) A_ie^T); backward: d_xa_i = scaling_i d_out_i B_ie
-//   moe_lora_grads    dA_ie += keep_i d_xa_i^T mask_i(x), dB_ie += scaling_i d_out_i^T xa_i, over the expert's rows in order
+//   moe_lora_project           xa_i = keep_i (mask_i(x) A_ie^T)
+//   moe_lora_project_backward  d_xa_i = scaling_i d_out_i B_ie
+//   moe_lora_grads             dA_ie += keep_i d_xa_i^T mask_i(x), dB_ie += scaling_i d_out_i^T xa_i, over the expert's rows in order
 //
 // x, d_out [T, n] (a row per token, gathered) or [R, n] bf16; xa, d_xa [R, sum of ranks] bf16; A [r, in], B [out, r] and their
 // gradients f32 or bf16. R routed rows sorted by expert, T tokens. The mask of a row is that of its token. topk_weights, where
 // given, multiply each row's term of the gradients (down: the gradient of its output is weight d_out).
-// project: grid (modules, tiles, ranks / 64), block 128: 64 rows at a time, 16 or 64 ranks. Blocks of the same rows run together,
-// so that x comes from memory once. 40 KB of shared memory.
+// projections: grid (modules, tiles, ranks / 64), block 128: 64 rows at a time, 16 or 64 ranks. Blocks of the same rows run
+// together, so that x comes from memory once. 32 and 40 KB of shared memory.
 // grads: grid (column tiles of all jobs, E, ranks / 64), block 128: 16 or 64 ranks and 128 columns, 64 rows a step; 36 or 56 KB.
 // f32 sums, those over rows by one block in their order: deterministic. The gradients of an expert without rows are left alone.
 // Preconditions (the launcher checks): n a multiple of 8, rows 16-byte aligned, ranks above 0.
@@ -32,25 +33,11 @@ DEVICE Rows routed_rows(const MoeRows& rows, const bf16* base, uint32_t num_cols
     return aligned_rows_of(base + first * num_cols, num_cols, num_rows, num_cols);
 }
 
+// sums times scale to this block's ranks of xa.
 template <class Tile>
-DEVICE void project_rows(const MoeLoraProjectParams& p, const MoeLoraProjectJob& job, const LoraModule& module, bf16* shared,
-                         size_t first_row, unsigned num_rows) {
+DEVICE void store_xa(typename Tile::Sums& sums, const MoeLoraProjectParams& p, const LoraModule& module, size_t first_row,
+                     unsigned num_rows, float scale) {
     const unsigned first_rank = blockIdx.z * Tile::kN;
-    const bool active = Tile::warp_row() < num_rows;
-    const Rows from = routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows);
-    typename Tile::Sums sums = {};
-    float scale = module.scaling;
-    if (p.is_backward) {
-        CopiedRows<Tile, Tile::kM, false> d_out(from, 0);
-        LowRankRows<Tile, Tile::kN, true> b(low_rank_of(p.lora, module.b, job.num_cols, module.rank, p.lora_is_bf16), first_rank);
-        accumulate<Tile>(sums, shared, d_out, b, job.num_cols, active);
-    } else {
-        const Dropout mask = dropout_of(*p.rows.step, module.module, module.dropout_threshold, module.keep_scale);
-        DroppedRows<Tile, Tile::kM, false> x(from, 0, mask, p.rows.token_of_row + first_row);
-        LowRankRows<Tile, Tile::kN, false> a(low_rank_of(p.lora, module.a, module.rank, job.num_cols, p.lora_is_bf16), first_rank);
-        accumulate<Tile>(sums, shared, x, a, job.num_cols, active);
-        scale = mask.keep_scale;
-    }
     for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
         UNROLL for (unsigned i = 0; i < 4; ++i) {
             const unsigned own = row + i / 2 * 8, rank = first_rank + col + i % 2;
@@ -58,6 +45,44 @@ DEVICE void project_rows(const MoeLoraProjectParams& p, const MoeLoraProjectJob&
                 p.xa[(first_row + own) * p.xa_width + module.first_column + rank] = to_bf16(scale * sum[i]);
         }
     });
+}
+
+template <class Tile>
+DEVICE void project_rows(const MoeLoraProjectParams& p, bf16* shared, unsigned expert, size_t first_row, unsigned num_rows) {
+    const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
+    const LoraModule module = expert_module(job.projection, expert);
+    const Dropout mask = dropout_of(*p.rows.step, module.module, module.dropout_threshold, module.keep_scale);
+    DroppedRows<Tile, Tile::kM, false> x(routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows), 0, mask,
+                                         p.rows.token_of_row + first_row);
+    LowRankRows<Tile, Tile::kN, false> a(low_rank_of(p.lora, module.a, module.rank, job.num_cols, p.lora_is_bf16),
+                                         blockIdx.z * Tile::kN);
+    typename Tile::Sums sums = {};
+    accumulate<Tile>(sums, shared, x, a, job.num_cols, Tile::warp_row() < num_rows);
+    store_xa<Tile>(sums, p, module, first_row, num_rows, mask.keep_scale);
+}
+
+template <class Tile>
+DEVICE void project_backward_rows(const MoeLoraProjectParams& p, bf16* shared, unsigned expert, size_t first_row, unsigned num_rows) {
+    const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
+    const LoraModule module = expert_module(job.projection, expert);
+    CopiedRows<Tile, Tile::kM, false> d_out(routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows), 0);
+    LowRankRows<Tile, Tile::kN, true> b(low_rank_of(p.lora, module.b, job.num_cols, module.rank, p.lora_is_bf16),
+                                        blockIdx.z * Tile::kN);
+    typename Tile::Sums sums = {};
+    accumulate<Tile>(sums, shared, d_out, b, job.num_cols, Tile::warp_row() < num_rows);
+    store_xa<Tile>(sums, p, module, first_row, num_rows, module.scaling);
+}
+
+// Calls f(expert, first_row, num_rows) for the rows of this block's tile, 64 at a time, if the job has ranks left for it.
+template <class F>
+DEVICE void for_rows_of_tile(const MoeLoraProjectParams& p, F f) {
+    const unsigned rank = p.jobs[blockIdx.x].projection.expert0.lora.rank;
+    if (blockIdx.y >= *p.rows.num_tiles || blockIdx.z * MOE_LORA_RANKS >= rank) return;
+    const MoeTile tile = p.rows.tiles[blockIdx.y];
+    for (unsigned done = 0; done < tile.num_rows; done += MOE_LORA_ROWS) {
+        const unsigned left = tile.num_rows - done;
+        f(tile.expert, static_cast<size_t>(tile.first_row) + done, left < MOE_LORA_ROWS ? left : MOE_LORA_ROWS);
+    }
 }
 
 // The narrow operand of the gradients: an expert's rows of xa or d_xa, each times its weight, along rows.
@@ -128,19 +153,25 @@ DEVICE void grad_tile(const MoeLoraGradsParams& p, const MoeLoraGradJob& job, bf
 }  // namespace
 
 KERNEL(moe_lora_project, MoeLoraProjectParams, p, MOE_LORA_THREADS) {
-    SHARED(bf16, shared, (kGemmStages * MOE_LORA_ROWS + 2 * MOE_LORA_RANKS) * kGemmDepth);
-    const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
-    if (blockIdx.y >= *p.rows.num_tiles || blockIdx.z * MOE_LORA_RANKS >= job.projection.expert0.lora.rank) return;
-    const MoeTile tile = p.rows.tiles[blockIdx.y];
-    const LoraModule module = expert_module(job.projection, tile.expert);
-    for (unsigned done = 0; done < tile.num_rows; done += MOE_LORA_ROWS) {
-        const unsigned left = tile.num_rows - done, num_rows = left < MOE_LORA_ROWS ? left : MOE_LORA_ROWS;
-        if (module.rank <= 16) {
-            project_rows<ProjectTile16>(p, job, module, shared, tile.first_row + done, num_rows);
+    SHARED(bf16, shared, (2 * MOE_LORA_ROWS + 2 * MOE_LORA_RANKS) * kGemmDepth);
+    for_rows_of_tile(p, [&](unsigned expert, size_t first_row, unsigned num_rows) {
+        if (p.jobs[blockIdx.x].projection.expert0.lora.rank <= 16) {
+            project_rows<ProjectTile16>(p, shared, expert, first_row, num_rows);
         } else {
-            project_rows<ProjectTile64>(p, job, module, shared, tile.first_row + done, num_rows);
+            project_rows<ProjectTile64>(p, shared, expert, first_row, num_rows);
         }
-    }
+    });
+}
+
+KERNEL(moe_lora_project_backward, MoeLoraProjectParams, p, MOE_LORA_THREADS) {
+    SHARED(bf16, shared, (kGemmStages * MOE_LORA_ROWS + 2 * MOE_LORA_RANKS) * kGemmDepth);
+    for_rows_of_tile(p, [&](unsigned expert, size_t first_row, unsigned num_rows) {
+        if (p.jobs[blockIdx.x].projection.expert0.lora.rank <= 16) {
+            project_backward_rows<ProjectTile16>(p, shared, expert, first_row, num_rows);
+        } else {
+            project_backward_rows<ProjectTile64>(p, shared, expert, first_row, num_rows);
+        }
+    });
 }
 
 KERNEL(moe_lora_grads, MoeLoraGradsParams, p, MOE_LORA_THREADS) {

@@ -26,8 +26,6 @@ struct MoeLoraProjectParams {
     PTR(const void) lora;
     uint32_t xa_width;
     uint32_t lora_is_bf16;
-    uint32_t is_backward;
-    uint32_t reserved;
 };
 
 // One gradient, of A or of B: element (r, c) += sum over the expert's rows of narrow[row, r] wide[row, c].

@@ -12,10 +12,10 @@ DEVICE LoraModule expert_module(const MoeProjection& p, unsigned expert) {
     return module;
 }
 
-// Weight and adapter of `expert`.
-DEVICE LinearProjection expert_projection(const MoeProjection& p, unsigned expert) {
+// The weight of `expert`. Its output and its adapter are taken from `p` where they are used: held through a product, they would
+// take the registers of its sums.
+DEVICE LinearProjection expert_weight(const MoeProjection& p, unsigned expert) {
     LinearProjection one = p.expert0;
-    one.lora = expert_module(p, expert);
     if (one.dense) {
         one.dense += expert * p.dense_stride;
         return one;

@@ -37,6 +37,7 @@ const INPUT_GRAD: [Kernel; 2] = [
 const COMBINE: Kernel = kernel("moe_combine", MOE_COMBINE_THREADS);
 const WEIGHT_GRADS: Kernel = kernel("moe_weight_grads", MOE_COMBINE_THREADS);
 const LORA_PROJECT: Kernel = kernel("moe_lora_project", MOE_LORA_THREADS);
+const LORA_PROJECT_BACKWARD: Kernel = kernel("moe_lora_project_backward", MOE_LORA_THREADS);
 const LORA_GRADS: Kernel = kernel("moe_lora_grads", MOE_LORA_THREADS);
 const SWIGLU_BACKWARD: Kernel = kernel("swiglu_backward", SWIGLU_THREADS);
 
@@ -152,14 +153,14 @@ impl<'a> Call<'a> {
         self.gpu.launch(kernel, grid, params)
     }
 
-    /// `xa` of the given projections from what they read, or `d_xa` from the gradients of what they give.
+    /// `kernel` makes `xa` of the given projections from what they read, or `d_xa` from the gradients of what they give.
     fn project(
         &self,
         xa: u64,
         xa_width: usize,
         projections: &[MoeProjection],
         wides: &[Wide],
-        is_backward: bool,
+        kernel: Kernel,
     ) -> Result<()> {
         let mut params = MoeLoraProjectParams {
             rows: self.routed.rows,
@@ -167,7 +168,6 @@ impl<'a> Call<'a> {
             lora: self.lora.0,
             xa_width: self.u32("rank", xa_width)?,
             lora_is_bf16: self.lora.1,
-            is_backward: u32::from(is_backward),
             ..MoeLoraProjectParams::default()
         };
         let (mut num_jobs, mut max_rank) = (0, 0);
@@ -188,7 +188,7 @@ impl<'a> Call<'a> {
         let rank_blocks = max_rank.div_ceil(MOE_LORA_RANKS);
         let jobs = self.u32("modules", num_jobs)?;
         let grid = Grid::volume(jobs, self.routed.max_tiles, rank_blocks);
-        self.gpu.launch(LORA_PROJECT, grid, &params)
+        self.gpu.launch(kernel, grid, &params)
     }
 
     /// Adds the gradients of the adapters of `projections`: `xs` is what they read, `d_outs` the gradient of what they give,
@@ -297,7 +297,7 @@ pub(super) fn gate_up_forward(
     ];
     let projections = call.gate_up(&mut frame, outs)?;
     let read = call.wide(x, hidden, true)?;
-    call.project(xa, xa_width, &projections, &[read; 2], false)?;
+    call.project(xa, xa_width, &projections, &[read; 2], LORA_PROJECT)?;
     let params = MoeForwardParams {
         projections,
         rows: call.routed.rows,
@@ -352,7 +352,7 @@ pub(super) fn gate_up_backward(
         call.wide(d_outs[0], width, false)?,
         call.wide(d_outs[1], width, false)?,
     ];
-    call.project(d_xa, xa_width, &projections, &given, true)?;
+    call.project(d_xa, xa_width, &projections, &given, LORA_PROJECT_BACKWARD)?;
     let wides = given.map(|given| [read, given]);
     call.grads(d_lora, [xa, d_xa], xa_width, &projections, &wides, 0)?;
     let (d_x, accumulate) = match d_x {
@@ -401,7 +401,7 @@ pub(super) fn down_forward(
     let expert_out = call.routed.activation(OP, expert_out, hidden)?;
     let down = call.down(&mut frame, expert_out)?;
     let read = call.wide(h, width, false)?;
-    call.project(xa, xa_width, &[down], &[read], false)?;
+    call.project(xa, xa_width, &[down], &[read], LORA_PROJECT)?;
     let params = MoeForwardParams {
         projections: [down, MoeProjection::default()],
         rows: call.routed.rows,
@@ -445,7 +445,7 @@ pub(super) fn down_backward(
     let down = call.down(&mut frame, d_out)?;
     let d_xa = call.d_xa(&mut frame, xa_width)?;
     let (read, given) = (call.wide(h, width, false)?, call.wide(d_out, hidden, true)?);
-    call.project(d_xa, xa_width, &[down], &[given], true)?;
+    call.project(d_xa, xa_width, &[down], &[given], LORA_PROJECT_BACKWARD)?;
     let weights = call.routed.topk_weights;
     call.grads(d_lora, [xa, d_xa], xa_width, &[down], &[[read, given]], weights)?;
     let tiles = width.div_ceil(MOE_TILE_COLS as usize);
