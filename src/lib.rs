@@ -16,6 +16,7 @@ pub mod export;
 pub mod model;
 pub mod ops;
 pub mod random;
+pub mod selftest;
 pub mod store;
 pub mod tensor;
 pub mod train;

@@ -10,7 +10,7 @@
 mod common;
 
 use brightrun::backend::gpu::driver::emu::{Emu, Order};
-use brightrun::backend::gpu::driver::{Driver, Grid, Kernel, Memory};
+use brightrun::backend::gpu::driver::{Driver, Grid, Kernel};
 use brightrun::backend::gpu::params::{SELFTEST_THREADS, SelftestParams};
 use brightrun::error::Result;
 use common::device::{ORDERS, download, random, upload};
@@ -41,8 +41,8 @@ fn matmul(order: Order, [rows, cols, depth]: [usize; 3], fault: u32) -> Result<V
         fault,
     };
     let grid = Grid::plane(size(cols.div_ceil(64)), size(rows.div_ceil(64)));
-    device.launch(MATMUL, grid, &params)?;
-    Ok(download(&device, &out))
+    device.launch(MATMUL, grid, bytemuck::bytes_of(&params))?;
+    Ok(download(&out))
 }
 
 fn matmul_reference([rows, cols, depth]: [usize; 3]) -> Vec<f64> {
@@ -114,8 +114,8 @@ fn block(order: Order, fault: u32) -> Result<Vec<f32>> {
         fault,
         ..SelftestParams::default()
     };
-    device.launch(BLOCK, Grid::line(BLOCKS), &params)?;
-    Ok(download(&device, &out))
+    device.launch(BLOCK, Grid::line(BLOCKS), bytemuck::bytes_of(&params))?;
+    Ok(download(&out))
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn launches_that_cannot_be_are_refused() {
         threads: 1,
     };
     let error = device
-        .launch(unknown, Grid::line(1), &params)
+        .launch(unknown, Grid::line(1), bytemuck::bytes_of(&params))
         .unwrap_err()
         .to_string();
     assert_eq!(error, "kernel no_such_kernel: there is no such kernel");
@@ -216,7 +216,7 @@ fn launches_that_cannot_be_are_refused() {
         ..BLOCK
     };
     let error = device
-        .launch(wrong, Grid::line(1), &params)
+        .launch(wrong, Grid::line(1), bytemuck::bytes_of(&params))
         .unwrap_err()
         .to_string();
     assert!(

@@ -10,7 +10,7 @@
 mod common;
 
 use brightrun::backend::gpu::driver::emu::{Emu, Order};
-use brightrun::backend::gpu::driver::{Driver, Grid, Kernel, Memory};
+use brightrun::backend::gpu::driver::{Driver, Grid, Kernel};
 use brightrun::backend::gpu::params::{
     NF4_ELEMENTS_PER_BLOCK, NF4_THREADS, Nf4DequantizeParams, RMS_NORM_THREADS,
     RmsNormBackwardParams, RmsNormForwardParams, SWIGLU_THREADS, StepStateDevice,
@@ -137,10 +137,13 @@ fn norms_match_the_formula_at_odd_shapes_and_leave_rows_past_the_batch_alone() {
                 reserved: 0,
             };
             let grid = Grid::line(u32::try_from(capacity).unwrap());
-            device.launch(NORM_FORWARD, grid, &forward).unwrap();
-            device.launch(NORM_BACKWARD, grid, &backward).unwrap();
-            let (out, d_x): (Vec<bf16>, Vec<bf16>) =
-                (download(&device, &out), download(&device, &d_x));
+            device
+                .launch(NORM_FORWARD, grid, bytemuck::bytes_of(&forward))
+                .unwrap();
+            device
+                .launch(NORM_BACKWARD, grid, bytemuck::bytes_of(&backward))
+                .unwrap();
+            let (out, d_x): (Vec<bf16>, Vec<bf16>) = (download(&out), download(&d_x));
             assert_bf16(&out[..tokens * width], &expected.out, "out");
             assert_bf16(&d_x[..tokens * width], &expected.d_x, "d_x");
             assert!(
@@ -212,7 +215,7 @@ fn an_added_and_normed_row_and_an_accumulated_gradient() {
         reserved: 0,
     };
     device
-        .launch(NORM_FORWARD, Grid::line(4), &forward)
+        .launch(NORM_FORWARD, Grid::line(4), bytemuck::bytes_of(&forward))
         .unwrap();
     let backward = RmsNormBackwardParams {
         d_x: d_x.address(),
@@ -227,7 +230,7 @@ fn an_added_and_normed_row_and_an_accumulated_gradient() {
         reserved: 0,
     };
     device
-        .launch(NORM_BACKWARD, Grid::line(4), &backward)
+        .launch(NORM_BACKWARD, Grid::line(4), bytemuck::bytes_of(&backward))
         .unwrap();
     assert_eq!(download::<bf16>(&device, &stored), sum);
     assert_bf16(&download::<bf16>(&device, &out), &expected.out, "out");
@@ -303,7 +306,9 @@ fn dequantised(order: Order, matrix: &Nf4Matrix) -> Vec<u16> {
     };
     let blocks = num_elements.div_ceil(NF4_ELEMENTS_PER_BLOCK as usize);
     let grid = Grid::line(u32::try_from(blocks).unwrap());
-    device.launch(DEQUANTIZE, grid, &params).unwrap();
+    device
+        .launch(DEQUANTIZE, grid, bytemuck::bytes_of(&params))
+        .unwrap();
     drop(scales);
     download::<bf16>(&device, &out)
         .iter()
@@ -358,7 +363,9 @@ fn swiglu_backward_matches_the_formula_also_in_place() {
             };
             let blocks = elements.div_ceil(8 * SWIGLU_THREADS as usize) + 1;
             let grid = Grid::line(u32::try_from(blocks).unwrap());
-            device.launch(SWIGLU_BACKWARD, grid, &params).unwrap();
+            device
+                .launch(SWIGLU_BACKWARD, grid, bytemuck::bytes_of(&params))
+                .unwrap();
             assert_bf16(&download::<bf16>(&device, &gate), &d_gate, "d_gate");
             assert_bf16(&download::<bf16>(&device, &up), &d_up, "d_up");
         }
@@ -382,7 +389,7 @@ fn a_kernel_that_writes_beyond_a_buffer_is_told_which() {
         ..Nf4DequantizeParams::default()
     };
     let error = device
-        .launch(DEQUANTIZE, Grid::line(1), &params)
+        .launch(DEQUANTIZE, Grid::line(1), bytemuck::bytes_of(&params))
         .unwrap_err()
         .to_string();
     assert_eq!(

@@ -697,7 +697,7 @@ fn cross_entropy_matches() {
             .map(|label| i32::try_from(*label).unwrap())
             .collect();
         state.loss_scale = 1.0 / targets as f32;
-        let (mut token_loss, mut d_x) = (output(&[tokens, 1]), output(&[tokens, vocab]));
+        let (mut token_loss, mut d_x) = (zeros(&[tokens, 1]), output(&[tokens, vocab]));
         let x = golden.tensor("in.logits", &[tokens, vocab]);
         let into = GradOut::Overwrite(&mut d_x);
         Cpu::new()
@@ -855,7 +855,14 @@ fn adamw_matches_over_five_clipped_steps() {
                 step: step + 1,
             };
             let report = Cpu::new()
-                .adamw(&mut params, &mut m, &mut v, &mut grads, settings)
+                .adamw(
+                    &mut params,
+                    &mut m,
+                    &mut v,
+                    &mut grads,
+                    &zeros(&[1]),
+                    settings,
+                )
                 .unwrap();
             let norm = f64::from(golden.values(&format!("out.norm{step}"))[0]);
             assert!((report.grad_norm - norm).abs() <= 1e-6 * norm.max(1.0));
@@ -887,7 +894,7 @@ fn an_update_with_a_gradient_that_is_not_finite_is_not_made() {
         step: 1,
     };
     let report = Cpu::new()
-        .adamw(&mut params, &mut m, &mut v, &mut grads, step)
+        .adamw(&mut params, &mut m, &mut v, &mut grads, &zeros(&[1]), step)
         .unwrap();
     assert!(!report.applied && !report.grad_norm.is_finite());
     assert_eq!(params.f32().unwrap(), [1.0, 2.0, 3.0]);

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 13] = [
+const MAY_NAME: [(&str, &[&str]); 14] = [
     ("error", &[]),
     ("random", &[]),
     ("durable", &["error"]),
@@ -22,6 +22,12 @@ const MAY_NAME: [(&str, &[&str]); 13] = [
     (
         "backend",
         &["error", "random", "tensor", "store", "config", "ops"],
+    ),
+    (
+        "selftest",
+        &[
+            "error", "random", "tensor", "store", "data", "ops", "backend",
+        ],
     ),
     (
         "model",

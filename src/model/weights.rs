@@ -12,7 +12,7 @@ use crate::config::model::{
     LayerConfig, LinearAttentionConfig, MixerKind, MlpKind, ModelConfig, MoeConfig,
 };
 use crate::error::{Error, Result};
-use crate::ops::{AttentionSpec, DeltaSpec, Experts, Linear, NormSpec};
+use crate::ops::{AttentionSpec, DeltaSpec, Experts, Linear, NormSpec, Ops};
 use crate::store::Weight;
 use crate::tensor::{DType, Tensor};
 
@@ -41,6 +41,52 @@ pub trait WeightSource {
         intermediate_size: usize,
         hidden_size: usize,
     ) -> Result<[Vec<Weight>; 3]>;
+
+    /// A table that the model made itself, where its ops read it.
+    ///
+    /// # Errors
+    /// Those of the source.
+    fn place(&mut self, tensor: Tensor) -> Result<Tensor> {
+        Ok(tensor)
+    }
+}
+
+/// Weights of `source` in the memory of `ops`, brought there one by one.
+#[derive(Debug)]
+pub struct Placed<'a, S> {
+    /// Where they come from.
+    pub source: &'a mut S,
+    /// The device.
+    pub ops: &'a dyn Ops,
+}
+
+impl<S: WeightSource> WeightSource for Placed<'_, S> {
+    fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
+        let weight = self.source.matrix(name, out_features, in_features)?;
+        self.ops.place_weight(weight)
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.source.tensor(name, shape)?;
+        self.ops.place(tensor)
+    }
+
+    fn experts(
+        &mut self,
+        prefix: &str,
+        num_experts: usize,
+        intermediate_size: usize,
+        hidden_size: usize,
+    ) -> Result<[Vec<Weight>; 3]> {
+        let experts = self
+            .source
+            .experts(prefix, num_experts, intermediate_size, hidden_size)?;
+        self.ops.place_experts(experts)
+    }
+
+    fn place(&mut self, tensor: Tensor) -> Result<Tensor> {
+        self.ops.place(tensor)
+    }
 }
 
 /// Loads a model: weights from `source`, pairs for the modules `settings` names, rotary tables for `positions`.
@@ -75,9 +121,13 @@ pub fn load(
     } else {
         Some(loader.source.matrix("lm_head.weight", vocab, hidden)?)
     };
+    let rope = Rope::new(&config.rope, positions)?;
+    let rope = Rope {
+        cos: loader.source.place(rope.cos)?,
+        sin: loader.source.place(rope.sin)?,
+    };
     let adapter = loader.adapter;
     adapter.verify()?;
-    let rope = Rope::new(&config.rope, positions)?;
     Ok(Decoder {
         config: config.clone(),
         embedding,

@@ -21,6 +21,7 @@ pub use types::{
 
 use crate::error::Result;
 use crate::store::Weight;
+use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 /// The operations. See the module for conventions.
@@ -32,6 +33,35 @@ use crate::tensor::{DType, Tensor};
 pub trait Ops: std::fmt::Debug {
     /// Element type of activations on this device.
     fn activation_dtype(&self) -> DType;
+
+    /// Hands out this device's memory.
+    fn arena(&self) -> Arena;
+
+    /// Free bytes of this device's memory; `None` where it is the host's.
+    fn free_memory(&self) -> Result<Option<u64>>;
+
+    /// `tensor` in this device's memory, with the same elements.
+    fn place(&self, tensor: Tensor) -> Result<Tensor>;
+
+    /// `weight` as this device's products read it.
+    fn place_weight(&self, weight: Weight) -> Result<Weight>;
+
+    /// The gate, up and down matrices of a layer's experts as this device's products read them.
+    fn place_experts(&self, experts: [Vec<Weight>; 3]) -> Result<[Vec<Weight>; 3]>;
+
+    /// Makes everything ready for batches of up to `capacity` tokens. `pass` makes the calls of a step, on planned tensors;
+    /// they compute nothing, but tell how much temporary memory the device must hold. Returns its bytes.
+    fn reserve(
+        &self,
+        capacity: usize,
+        pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
+    ) -> Result<usize>;
+
+    /// Takes over the micro-batch that the following calls work on.
+    fn load_batch(&self, state: &StepState) -> Result<()>;
+
+    /// Runs `body`, whose calls are the same each time; a device may record them under `name` and replay the record.
+    fn recorded(&self, name: &'static str, body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 
     /// `out[t] = table[input_ids[t]]`; `table [V, D]`, `out [T, D]`.
     fn embedding_forward(&self, out: &mut Tensor, table: &Weight, state: &StepState) -> Result<()>;
@@ -459,8 +489,9 @@ pub trait Ops: std::fmt::Debug {
         state: &StepState,
     ) -> Result<()>;
 
-    /// Head and cross-entropy in chunks that never hold all logits: `token_loss[t] = -log softmax(x[t] W^T)[target]`,
-    /// 0 where there is no target; `d_x = loss_scale (softmax - onehot) W`, zero rows where there is no target.
+    /// Head and cross-entropy in chunks that never hold all logits: `token_loss[t] += -log softmax(x[t] W^T)[target]` where
+    /// there is a target, so that it adds up over the micro-batches of a step;
+    /// `d_x = loss_scale (softmax - onehot) W`, zero rows where there is no target.
     ///
     /// `token_loss [T]` f32, `x, d_x [T, D]`, `head [V, D]`.
     fn linear_cross_entropy(
@@ -473,14 +504,19 @@ pub trait Ops: std::fmt::Debug {
         state: &StepState,
     ) -> Result<()>;
 
-    /// Global norm, clipping and `AdamW` over the flat arena, all `[n]` f32; the gradient is zeroed. An update whose norm
-    /// is not finite is not made, and the gradient stays for inspection.
+    /// Global norm, clipping and `AdamW` over the flat arena, all `[n]` f32; the gradient is zeroed. An update of a step whose
+    /// loss (the sum of `token_loss`) or norm is not finite is not made, and the gradient stays for inspection.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the state of the optimizer, the step"
+    )]
     fn adamw(
         &self,
         params: &mut Tensor,
         exp_avg: &mut Tensor,
         exp_avg_sq: &mut Tensor,
         grads: &mut Tensor,
+        token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport>;
 }

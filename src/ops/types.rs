@@ -55,12 +55,14 @@ impl DropoutState {
     /// Mask words of columns `4 * quad .. 4 * quad + 4` of `module`'s input at token `row` of the micro-batch.
     #[inline]
     pub fn words(self, module: u32, row: u32, quad: u32) -> [u32; 4] {
-        let [low, high] = random::key(self.seed);
         let counter = [quad, self.first_token + row, module, self.optimizer_step];
-        random::philox4x32(
-            counter,
-            [low ^ (random::Stream::Dropout as u32) << 24, high],
-        )
+        random::philox4x32(counter, self.key())
+    }
+
+    /// The key of the masks' draws.
+    pub fn key(self) -> [u32; 2] {
+        let [low, high] = random::key(self.seed);
+        [low ^ (random::Stream::Dropout as u32) << 24, high]
     }
 }
 
@@ -357,9 +359,11 @@ pub struct AdamWStep {
 /// What became of an update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UpdateReport {
+    /// Sum of the target tokens' losses over the step.
+    pub loss_sum: f64,
     /// Global L2 norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// The update was made; it is not where the norm is not finite.
+    /// The update was made; it is not where loss or norm is not finite.
     pub applied: bool,
 }
 

@@ -267,7 +267,7 @@ pub fn widen_bytes(dtype: DType, bytes: &[u8]) -> Vec<f32> {
 }
 
 /// Gives back the memory of a mapped tensor that will not be read again. Reading it is still possible: from the file.
-pub(super) fn release(tensor: &Tensor) {
+pub(crate) fn release(tensor: &Tensor) {
     const PAGE: usize = 4096;
     let Some((map, bytes)) = tensor.mapping() else {
         return;

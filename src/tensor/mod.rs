@@ -3,6 +3,8 @@
 //! Row-major, contiguous. Knows no operation and no file format.
 
 pub mod arena;
+pub mod device;
+mod transfer;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use memmap2::Mmap;
 
+use self::device::DeviceMemory;
 use crate::error::{Error, Result};
 
 /// Element type.
@@ -72,6 +75,11 @@ enum Storage {
         map: Arc<Mmap>,
         bytes: Range<usize>,
     },
+    /// In a device's memory, from `offset` on; clones share it.
+    Device {
+        memory: Arc<dyn DeviceMemory>,
+        offset: usize,
+    },
     /// Counted, not allocated.
     Planned,
 }
@@ -106,6 +114,30 @@ impl Tensor {
             dtype,
             storage: Storage::Planned,
         }
+    }
+
+    /// Elements in a device's `memory`, from byte `offset` on; `None` if they do not fit.
+    pub fn on_device(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: DType,
+        memory: &Arc<dyn DeviceMemory>,
+        offset: usize,
+    ) -> Option<Self> {
+        let num_bytes = shape.iter().product::<usize>() * dtype.size();
+        if offset.checked_add(num_bytes)? > memory.num_bytes() {
+            return None;
+        }
+        let storage = Storage::Device {
+            memory: Arc::clone(memory),
+            offset,
+        };
+        Some(Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            storage,
+        })
     }
 
     /// Takes over `values`.
@@ -296,6 +328,10 @@ impl Tensor {
             Storage::F32(values) => {
                 Storage::F32(values[range.start * inner..range.end * inner].to_vec())
             }
+            Storage::Device { memory, offset } => Storage::Device {
+                memory: Arc::clone(memory),
+                offset: offset + range.start * inner * self.dtype.size(),
+            },
             Storage::Planned => Storage::Planned,
             Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
                 return Err(self.mismatch(DType::F32));
@@ -323,6 +359,7 @@ impl Tensor {
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
+            | Storage::Device { .. }
             | Storage::Planned => Err(self.mismatch(DType::F32)),
         }
     }
@@ -355,6 +392,7 @@ impl Tensor {
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
+            | Storage::Device { .. }
             | Storage::Planned => Err(self.mismatch(DType::U8)),
         }
     }
@@ -427,16 +465,6 @@ impl Tensor {
         Ok(())
     }
 
-    /// All floating-point elements widened to `f32`.
-    ///
-    /// # Errors
-    /// [`Error::DType`] if the tensor is not floating point in host memory.
-    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; self.len()];
-        self.widen(0..self.len(), &mut out)?;
-        Ok(out)
-    }
-
     /// Checks the shape on behalf of `op`.
     ///
     /// # Errors
@@ -462,6 +490,7 @@ impl Tensor {
             | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)
+            | Storage::Device { .. }
             | Storage::Planned => None,
         }
     }

@@ -80,7 +80,6 @@ impl Loaded {
             (&self.exp_avg, &mut adapter.exp_avg),
             (&self.exp_avg_sq, &mut adapter.exp_avg_sq),
         ] {
-            let target = target.f32_mut()?;
             if found.len() != target.len() {
                 let reason = format!(
                     "holds {} adapter values, this run has {}",
@@ -89,7 +88,7 @@ impl Loaded {
                 );
                 return Err(Error::format(&self.path, reason));
             }
-            target.copy_from_slice(found);
+            target.write_f32(found)?;
         }
         Ok(())
     }
@@ -295,15 +294,15 @@ pub fn read(path: &Path) -> Result<Loaded> {
 }
 
 fn adapter_bytes(adapter: &AdapterState) -> Result<Vec<u8>> {
+    let named = [
+        ("values", adapter.values.bytes()?),
+        ("exp_avg", adapter.exp_avg.bytes()?),
+        ("exp_avg_sq", adapter.exp_avg_sq.bytes()?),
+    ];
     let mut tensors = Vec::new();
-    for (name, tensor) in [
-        ("values", &adapter.values),
-        ("exp_avg", &adapter.exp_avg),
-        ("exp_avg_sq", &adapter.exp_avg_sq),
-    ] {
-        let values = tensor.f32()?;
-        let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values));
-        tensors.push((name, view.map_err(unwritable)?));
+    for (name, bytes) in &named {
+        let view = TensorView::new(Dtype::F32, vec![bytes.len() / DType::F32.size()], bytes);
+        tensors.push((*name, view.map_err(unwritable)?));
     }
     safetensors::serialize(tensors, None).map_err(unwritable)
 }

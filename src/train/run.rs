@@ -18,7 +18,7 @@ use crate::durable::Durable;
 use crate::error::{Error, Result};
 use crate::export::{Adapter, PeftVersion, adapter};
 use crate::model::adapter::AdapterSettings;
-use crate::model::weights;
+use crate::model::weights::{self, Placed};
 use crate::store::quantized::{QuantizePolicy, QuantizedStore};
 
 /// How a run ended.
@@ -90,7 +90,11 @@ fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) 
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));
     let settings = AdapterSettings::new(config);
     let positions = prepared.num_positions();
-    let decoder = weights::load(&prepared.model, &mut store, settings, positions)?;
+    let mut source = Placed {
+        source: &mut store,
+        ops: &*ops,
+    };
+    let decoder = weights::load(&prepared.model, &mut source, settings, positions)?;
     store.verify()?;
     let text = format!("base weights: {}", store.counts());
     observer.event(&Event::Note { text });
@@ -104,8 +108,10 @@ fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) 
     let (capacity, seed) = (prepared.capacity, config.seed);
     let mut trainer = Trainer::new(ops, decoder, optimizer, capacity, config.recompute, seed)?;
     if let (Some(dir), None) = (&config.init_adapter, &prepared.resume) {
-        let layout = prepared.layout.clone();
-        adapter::read(dir, &layout, trainer.adapter_mut().values.f32_mut()?)?;
+        let values = &mut trainer.adapter_mut().values;
+        let mut read = values.to_f32_vec()?;
+        adapter::read(dir, &prepared.layout, &mut read)?;
+        values.write_f32(&read)?;
     }
     let text = format!(
         "buffers: {} for {capacity} tokens in a pass{}",
@@ -374,10 +380,10 @@ impl<'a> Run<'a> {
             chat_template: template,
             summary,
         };
-        let values = self.trainer.adapter().values.f32()?;
+        let values = self.trainer.adapter().values.to_f32_vec()?;
         let trained = Adapter {
             layout: &self.prepared.layout,
-            values,
+            values: &values,
         };
         adapter::write(
             &self.files,

@@ -5,7 +5,7 @@ use crate::data::{Batch, StepBatches};
 use crate::error::{Error, Result};
 use crate::model::decoder::{Decoder, DecoderActs, DecoderTmp};
 use crate::model::{Pass, Rows};
-use crate::ops::{AdamWStep, DropoutState, Ops, StepState};
+use crate::ops::{AdamWStep, DropoutState, Ops, StepState, UpdateReport};
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
@@ -36,6 +36,26 @@ impl OptimizerSettings {
             epsilon: config.adam_epsilon,
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
+        }
+    }
+
+    /// Those of update number `step` at `learning_rate`.
+    fn at(self, step: u64, learning_rate: f64) -> AdamWStep {
+        let Self {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            max_grad_norm,
+        } = self;
+        AdamWStep {
+            learning_rate,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            max_grad_norm,
+            step,
         }
     }
 }
@@ -117,15 +137,44 @@ impl Trainer {
             Recompute::Auto => {
                 let mut plan = Arena::plan();
                 decoder.alloc(&mut Rows::new(&mut plan, capacity, activation), false)?;
-                plan.num_bytes() as f64 > ACTIVATION_SHARE * host_memory_bytes()
+                let memory = match ops.free_memory()? {
+                    Some(num_bytes) => num_bytes as f64,
+                    None => host_memory_bytes(),
+                };
+                plan.num_bytes() as f64 > ACTIVATION_SHARE * memory
             }
         };
-        let mut memory = Arena::host();
-        let mut adapter = AdapterState::alloc(&mut memory, decoder.adapter.len())?;
-        decoder.adapter.initialize(adapter.values.f32_mut()?, seed);
-        let mut rows = Rows::new(&mut memory, capacity, activation);
-        let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
-        let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
+        let mut memory = ops.arena();
+        let buffers = |arena: &mut Arena| -> Result<_> {
+            let adapter = AdapterState::alloc(arena, decoder.adapter.len())?;
+            let mut rows = Rows::new(arena, capacity, activation);
+            let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
+            let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
+            Ok((adapter, acts, tmp))
+        };
+        let scratch = ops.reserve(capacity, &mut |ops| {
+            let (mut adapter, mut acts, mut tmp) = buffers(&mut Arena::plan())?;
+            let pass = Pass {
+                ops,
+                lora: &adapter.values,
+                state: &StepState::default(),
+            };
+            decoder.forward(pass, &mut acts, &mut tmp)?;
+            decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
+            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0)).map(|_| ())
+        })?;
+        let (mut adapter, acts, tmp) = buffers(&mut memory)?;
+        memory.count("scratch", scratch);
+        let mut values = vec![0.0; adapter.values.len()];
+        decoder.adapter.initialize(&mut values, seed);
+        adapter.values.write_f32(&values)?;
+        for state in [
+            &mut adapter.grads,
+            &mut adapter.exp_avg,
+            &mut adapter.exp_avg_sq,
+        ] {
+            state.zero()?;
+        }
         Ok(Self {
             ops,
             decoder,
@@ -174,37 +223,50 @@ impl Trainer {
     /// `completed` counts the optimizer steps before this one.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] naming the layer; those of the ops.
+    /// Those of the ops.
     pub fn accumulate(&mut self, batches: &StepBatches, completed: u64) -> Result<f64> {
-        let mut loss_sum = 0.0;
-        let mut first_token = 0;
-        for batch in &batches.micro_batches {
-            let dropout = DropoutState {
-                seed: self.seed,
-                optimizer_step: u32::try_from(completed).unwrap_or(u32::MAX),
-                first_token,
-            };
-            let state = StepState {
-                batch: batch.clone(),
-                loss_scale: 1.0 / batches.num_target_tokens as f32,
-                dropout: Some(dropout),
-            };
-            first_token += u32::try_from(batch.input_ids.len()).unwrap_or(u32::MAX);
+        self.passes(batches, completed)?;
+        let losses = self.acts.token_loss.to_f32_vec()?;
+        Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+    }
+
+    /// Forward and backward over the step's micro-batches. Nothing here waits for the device.
+    fn passes(&mut self, batches: &StepBatches, completed: u64) -> Result<()> {
+        self.acts.token_loss.zero()?;
+        for state in self.states(batches, completed) {
+            self.ops.load_batch(&state)?;
             let pass = Pass {
                 ops: &*self.ops,
                 lora: &self.adapter.values,
                 state: &state,
             };
-            self.decoder.forward(pass, &mut self.acts, &mut self.tmp)?;
+            let (decoder, acts, tmp) = (&self.decoder, &mut self.acts, &mut self.tmp);
             let grads = &mut self.adapter.grads;
-            self.decoder
-                .loss_backward(pass, grads, &mut self.acts, &mut self.tmp)?;
-            loss_sum += self.loss_sum(&state)?;
-            if !loss_sum.is_finite() {
-                return Err(self.non_finite_loss(&state, completed + 1)?);
-            }
+            self.ops.recorded("pass", &mut || {
+                decoder.forward(pass, acts, tmp)?;
+                decoder.loss_backward(pass, grads, acts, tmp)
+            })?;
         }
-        Ok(loss_sum)
+        Ok(())
+    }
+
+    /// What each micro-batch of a step tells the ops.
+    fn states(&self, batches: &StepBatches, completed: u64) -> Vec<StepState> {
+        let mut first_token = 0;
+        let state = |batch: &Batch| {
+            let dropout = DropoutState {
+                seed: self.seed,
+                optimizer_step: u32::try_from(completed).unwrap_or(u32::MAX),
+                first_token,
+            };
+            first_token += u32::try_from(batch.input_ids.len()).unwrap_or(u32::MAX);
+            StepState {
+                batch: batch.clone(),
+                loss_scale: 1.0 / batches.num_target_tokens as f32,
+                dropout: Some(dropout),
+            }
+        };
+        batches.micro_batches.iter().map(state).collect()
     }
 
     /// One optimizer step at `learning_rate`; `completed` counts those before it.
@@ -217,36 +279,19 @@ impl Trainer {
         completed: u64,
         learning_rate: f64,
     ) -> Result<StepReport> {
-        let loss_sum = self.accumulate(batches, completed)?;
-        let OptimizerSettings {
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            max_grad_norm,
-        } = self.optimizer;
+        self.passes(batches, completed)?;
         let step = completed + 1;
-        let update = AdamWStep {
-            learning_rate,
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            max_grad_norm,
-            step,
-        };
-        let AdapterState {
-            values,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-        } = &mut self.adapter;
-        let report = self.ops.adamw(values, exp_avg, exp_avg_sq, grads, update)?;
+        let settings = self.optimizer.at(step, learning_rate);
+        let report = update(&*self.ops, &mut self.adapter, &self.acts, settings)?;
         if !report.applied {
-            return Err(self.non_finite_gradient(step)?);
+            return Err(if report.loss_sum.is_finite() {
+                self.non_finite_gradient(step)?
+            } else {
+                self.non_finite_loss(batches, completed)?
+            });
         }
         Ok(StepReport {
-            loss: loss_sum / batches.num_target_tokens as f64,
+            loss: report.loss_sum / batches.num_target_tokens as f64,
             grad_norm: report.grad_norm,
             num_target_tokens: batches.num_target_tokens,
             num_tokens: batches
@@ -269,42 +314,39 @@ impl Trainer {
                 loss_scale: 1.0,
                 dropout: None,
             };
-            let pass = Pass {
-                ops: &*self.ops,
-                lora: &self.adapter.values,
-                state: &state,
-            };
-            self.decoder.forward(pass, &mut self.acts, &mut self.tmp)?;
-            self.decoder.loss(pass, &mut self.acts)?;
-            loss_sum += self.loss_sum(&state)?;
+            self.acts.token_loss.zero()?;
+            self.forward(&state)?;
+            let losses = self.acts.token_loss.leading_f32(state.num_tokens())?;
+            loss_sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
             num_target_tokens += state.target_rows().len();
         }
         Ok((loss_sum, num_target_tokens))
     }
 
-    fn loss_sum(&self, state: &StepState) -> Result<f64> {
-        let losses = &self.acts.token_loss.f32()?[..state.num_tokens()];
-        Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+    /// Activations and token losses of one micro-batch; the losses are added to what is there.
+    fn forward(&mut self, state: &StepState) -> Result<()> {
+        self.ops.load_batch(state)?;
+        let pass = Pass {
+            ops: &*self.ops,
+            lora: &self.adapter.values,
+            state,
+        };
+        let (decoder, acts, tmp) = (&self.decoder, &mut self.acts, &mut self.tmp);
+        self.ops.recorded("forward", &mut || {
+            decoder.forward(pass, acts, tmp)?;
+            decoder.loss(pass, acts)
+        })
     }
 
-    /// Names the first layer whose output is not finite.
-    fn non_finite_loss(&self, state: &StepState, step: u64) -> Result<Error> {
-        let tokens = state.num_tokens();
-        let finite = |tensor: &Tensor| -> Result<bool> {
-            Ok(tensor.f32()?[..tokens * tensor.row_len()]
-                .iter()
-                .all(|value| value.is_finite()))
-        };
+    /// Names the first layer whose output is not finite. The adapter is as it was, so the micro-batches give the same again.
+    fn non_finite_loss(&mut self, batches: &StepBatches, completed: u64) -> Result<Error> {
+        self.adapter.grads.zero()?;
         let mut culprit = "the loss (head and cross-entropy)".to_owned();
-        if !finite(self.acts.final_norm())? {
-            "the loss, first at the final norm".clone_into(&mut culprit);
-        }
-        for layer in (0..=self.acts.num_layers()).rev() {
-            if !finite(self.acts.layer_input(layer))? {
-                culprit = match layer {
-                    0 => "the loss, first at the embedding".to_owned(),
-                    layer => format!("the loss, first at the output of layer {}", layer - 1),
-                };
+        for state in self.states(batches, completed) {
+            self.forward(&state)?;
+            if let Some(found) = self.non_finite_layer(state.num_tokens())? {
+                culprit = format!("the loss, first at {found}");
+                break;
             }
         }
         let advice =
@@ -312,15 +354,33 @@ impl Trainer {
                       the base weights of that layer"
                 .to_owned();
         Ok(Error::NonFinite {
-            step,
+            step: completed + 1,
             what: culprit,
             advice,
         })
     }
 
+    /// The first of the last forward's residual streams that is not finite in its leading `tokens` rows.
+    fn non_finite_layer(&self, tokens: usize) -> Result<Option<String>> {
+        let finite = |tensor: &Tensor| -> Result<bool> {
+            let values = tensor.leading_f32(tokens * tensor.row_len())?;
+            Ok(values.iter().all(|value| value.is_finite()))
+        };
+        for layer in 0..=self.acts.num_layers() {
+            if !finite(self.acts.layer_input(layer))? {
+                return Ok(Some(match layer {
+                    0 => "the embedding".to_owned(),
+                    layer => format!("the output of layer {}", layer - 1),
+                }));
+            }
+        }
+        let norm_is_finite = finite(self.acts.final_norm())?;
+        Ok((!norm_is_finite).then(|| "the final norm".to_owned()))
+    }
+
     /// Names the highest module whose gradient is not finite: backward goes from top to bottom.
     fn non_finite_gradient(&mut self, step: u64) -> Result<Error> {
-        let grads = self.adapter.grads.f32_mut()?;
+        let grads = self.adapter.grads.to_f32_vec()?;
         let tensors: Vec<_> = self.decoder.adapter.tensors().collect();
         let broken = tensors
             .iter()
@@ -330,13 +390,29 @@ impl Trainer {
             Some((name, _)) => format!("the gradient of {name}"),
             None => "the gradient norm".to_owned(),
         };
-        grads.fill(0.0);
+        self.adapter.grads.zero()?;
         let advice =
             "the adapter is kept as it was before this step; lower `learning_rate` or set \
                       `max_grad_norm`"
                 .to_owned();
         Ok(Error::NonFinite { step, what, advice })
     }
+}
+
+/// The optimizer's update, from the gradients and token losses of a step.
+fn update(
+    ops: &dyn Ops,
+    adapter: &mut AdapterState,
+    acts: &DecoderActs,
+    step: AdamWStep,
+) -> Result<UpdateReport> {
+    let AdapterState {
+        values,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+    } = adapter;
+    ops.adamw(values, exp_avg, exp_avg_sq, grads, &acts.token_loss, step)
 }
 
 /// Physical memory of the machine, 8 GB where that cannot be told.

@@ -1,9 +1,12 @@
 //! Values to the emulated device and back.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use brightrun::backend::gpu::driver::emu::{Emu, EmuMemory, Order};
-use brightrun::backend::gpu::driver::{Driver, Memory};
+use std::sync::Arc;
+
+use brightrun::backend::gpu::driver::Driver;
+use brightrun::backend::gpu::driver::emu::{Emu, Order};
 use brightrun::random::{Draws, Stream};
+use brightrun::tensor::device::DeviceMemory;
 use half::bf16;
 
 /// Orders that every result must be equal in.
@@ -15,17 +18,20 @@ pub(crate) fn random(len: usize, seed: u64) -> Vec<bf16> {
         .collect()
 }
 
-pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Emu, name: &str, values: &[T]) -> EmuMemory {
+/// Memory of the emulated device.
+pub(crate) type Memory = Arc<dyn DeviceMemory>;
+
+pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Emu, name: &str, values: &[T]) -> Memory {
     let bytes: &[u8] = bytemuck::cast_slice(values);
-    let mut memory = device.alloc(name, bytes.len()).unwrap();
-    device.upload(&mut memory, bytes).unwrap();
+    let memory = device.alloc(name, bytes.len()).unwrap();
+    memory.write(0, bytes).unwrap();
     memory
 }
 
-pub(crate) fn download<T: bytemuck::Pod>(device: &Emu, memory: &EmuMemory) -> Vec<T> {
+pub(crate) fn download<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
     let mut values = vec![T::zeroed(); memory.num_bytes() / size_of::<T>()];
-    device
-        .download(memory, bytemuck::cast_slice_mut(&mut values))
+    memory
+        .read(0, bytemuck::cast_slice_mut(&mut values))
         .unwrap();
     values
 }

@@ -14,11 +14,13 @@ pub(super) fn step(
     exp_avg: &mut Tensor,
     exp_avg_sq: &mut Tensor,
     grads: &mut Tensor,
+    token_loss: &Tensor,
     step: AdamWStep,
 ) -> Result<UpdateReport> {
     let grads = grads.f32_mut()?;
     let grad_norm = norm(grads);
-    let applied = grad_norm.is_finite();
+    let loss_sum: f64 = token_loss.f32()?.iter().map(|loss| f64::from(*loss)).sum();
+    let applied = grad_norm.is_finite() && loss_sum.is_finite();
     if applied {
         // PyTorch's clip_grad_norm_ has the 1e-6.
         let clip = match step.max_grad_norm {
@@ -37,7 +39,11 @@ pub(super) fn step(
             .par_chunks_mut(BLOCK)
             .for_each(|grads| grads.fill(0.0));
     }
-    Ok(UpdateReport { grad_norm, applied })
+    Ok(UpdateReport {
+        loss_sum,
+        grad_norm,
+        applied,
+    })
 }
 
 fn norm(values: &[f32]) -> f64 {

@@ -46,7 +46,6 @@ pub(super) fn forward_backward(
             Some(cpu.rows_mut(OP, tensor, tokens, hidden)?)
         }
     };
-    token_loss.fill(0.0);
     if let Some(d_x) = d_x.as_deref_mut() {
         d_x.fill(0.0);
     }
@@ -74,7 +73,7 @@ pub(super) fn forward_backward(
             })
             .collect();
         for (row, loss) in rows.iter().zip(losses) {
-            token_loss[*row] = loss;
+            token_loss[*row] += loss;
         }
         let Some(d_x) = d_x.as_deref_mut() else {
             continue;

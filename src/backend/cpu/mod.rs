@@ -31,6 +31,7 @@ use crate::ops::{
     Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
+use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 /// The CPU as a device.
@@ -152,6 +153,38 @@ fn silu(x: f32) -> f32 {
 impl Ops for Cpu {
     fn activation_dtype(&self) -> DType {
         DType::F32
+    }
+
+    fn arena(&self) -> Arena {
+        Arena::host()
+    }
+
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn place(&self, tensor: Tensor) -> Result<Tensor> {
+        Ok(tensor)
+    }
+
+    fn place_weight(&self, weight: Weight) -> Result<Weight> {
+        Ok(weight)
+    }
+
+    fn place_experts(&self, experts: [Vec<Weight>; 3]) -> Result<[Vec<Weight>; 3]> {
+        Ok(experts)
+    }
+
+    fn reserve(&self, _: usize, _: &mut dyn FnMut(&dyn Ops) -> Result<()>) -> Result<usize> {
+        Ok(0)
+    }
+
+    fn load_batch(&self, _: &StepState) -> Result<()> {
+        Ok(())
+    }
+
+    fn recorded(&self, _: &'static str, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        body()
     }
 
     fn embedding_forward(&self, out: &mut Tensor, table: &Weight, state: &StepState) -> Result<()> {
@@ -592,8 +625,9 @@ impl Ops for Cpu {
         exp_avg: &mut Tensor,
         exp_avg_sq: &mut Tensor,
         grads: &mut Tensor,
+        token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport> {
-        adamw::step(params, exp_avg, exp_avg_sq, grads, step)
+        adamw::step(params, exp_avg, exp_avg_sq, grads, token_loss, step)
     }
 }

@@ -59,33 +59,60 @@ const _: () = {
 pub struct StepStateDevice {
     pub num_tokens: u32,
     pub num_sequences: u32,
+    pub num_targets: u32,
     pub loss_scale: f32,
     pub dropout_on: u32,
-    pub dropout_seed_low: u32,
-    pub dropout_seed_high: u32,
+    pub dropout_key_low: u32,
+    pub dropout_key_high: u32,
     pub optimizer_step: u32,
     pub first_token: u32,
+    pub reserved: u32,
+    pub input_ids: u64,
+    pub position_ids: u64,
+    pub sequence_start: u64,
+    pub sequence_end: u64,
+    pub cu_seqlens: u64,
+    pub target_rows: u64,
+    pub target_ids: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StepStateDevice"][::std::mem::size_of::<StepStateDevice>() - 32usize];
-    ["Alignment of StepStateDevice"][::std::mem::align_of::<StepStateDevice>() - 4usize];
+    ["Size of StepStateDevice"][::std::mem::size_of::<StepStateDevice>() - 96usize];
+    ["Alignment of StepStateDevice"][::std::mem::align_of::<StepStateDevice>() - 8usize];
     ["Offset of field: StepStateDevice::num_tokens"]
         [::std::mem::offset_of!(StepStateDevice, num_tokens) - 0usize];
     ["Offset of field: StepStateDevice::num_sequences"]
         [::std::mem::offset_of!(StepStateDevice, num_sequences) - 4usize];
+    ["Offset of field: StepStateDevice::num_targets"]
+        [::std::mem::offset_of!(StepStateDevice, num_targets) - 8usize];
     ["Offset of field: StepStateDevice::loss_scale"]
-        [::std::mem::offset_of!(StepStateDevice, loss_scale) - 8usize];
+        [::std::mem::offset_of!(StepStateDevice, loss_scale) - 12usize];
     ["Offset of field: StepStateDevice::dropout_on"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_on) - 12usize];
-    ["Offset of field: StepStateDevice::dropout_seed_low"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_seed_low) - 16usize];
-    ["Offset of field: StepStateDevice::dropout_seed_high"]
-        [::std::mem::offset_of!(StepStateDevice, dropout_seed_high) - 20usize];
+        [::std::mem::offset_of!(StepStateDevice, dropout_on) - 16usize];
+    ["Offset of field: StepStateDevice::dropout_key_low"]
+        [::std::mem::offset_of!(StepStateDevice, dropout_key_low) - 20usize];
+    ["Offset of field: StepStateDevice::dropout_key_high"]
+        [::std::mem::offset_of!(StepStateDevice, dropout_key_high) - 24usize];
     ["Offset of field: StepStateDevice::optimizer_step"]
-        [::std::mem::offset_of!(StepStateDevice, optimizer_step) - 24usize];
+        [::std::mem::offset_of!(StepStateDevice, optimizer_step) - 28usize];
     ["Offset of field: StepStateDevice::first_token"]
-        [::std::mem::offset_of!(StepStateDevice, first_token) - 28usize];
+        [::std::mem::offset_of!(StepStateDevice, first_token) - 32usize];
+    ["Offset of field: StepStateDevice::reserved"]
+        [::std::mem::offset_of!(StepStateDevice, reserved) - 36usize];
+    ["Offset of field: StepStateDevice::input_ids"]
+        [::std::mem::offset_of!(StepStateDevice, input_ids) - 40usize];
+    ["Offset of field: StepStateDevice::position_ids"]
+        [::std::mem::offset_of!(StepStateDevice, position_ids) - 48usize];
+    ["Offset of field: StepStateDevice::sequence_start"]
+        [::std::mem::offset_of!(StepStateDevice, sequence_start) - 56usize];
+    ["Offset of field: StepStateDevice::sequence_end"]
+        [::std::mem::offset_of!(StepStateDevice, sequence_end) - 64usize];
+    ["Offset of field: StepStateDevice::cu_seqlens"]
+        [::std::mem::offset_of!(StepStateDevice, cu_seqlens) - 72usize];
+    ["Offset of field: StepStateDevice::target_rows"]
+        [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
+    ["Offset of field: StepStateDevice::target_ids"]
+        [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -10,11 +10,11 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytemuck::Pod;
 use rayon::prelude::*;
 
-use super::{Driver, Grid, Kernel, Memory};
+use super::{DeviceInfo, Driver, Grid, Kernel, Recording};
 use crate::error::{Error, Result};
+use crate::tensor::device::DeviceMemory;
 
 /// Alignment of memory: what CUDA gives.
 const ALIGNMENT: usize = 256;
@@ -65,6 +65,35 @@ pub enum Order {
 pub struct Emu {
     order: Order,
     live: Arc<Mutex<Live>>,
+    /// What is being recorded.
+    recorded: Arc<Mutex<Option<Vec<Work>>>>,
+}
+
+/// Something the device is told to do.
+#[derive(Debug, Clone)]
+enum Work {
+    Launch {
+        kernel: Kernel,
+        grid: Grid,
+        params: Vec<u8>,
+    },
+    Zero {
+        address: u64,
+        num_bytes: usize,
+    },
+}
+
+/// Work to be done again.
+#[derive(Debug)]
+struct EmuRecording {
+    device: Emu,
+    work: Vec<Work>,
+}
+
+impl Recording for EmuRecording {
+    fn replay(&self) -> Result<()> {
+        self.work.iter().try_for_each(|work| self.device.run(work))
+    }
 }
 
 /// Address to name and length of all live memory.
@@ -76,6 +105,7 @@ impl Emu {
         Self {
             order,
             live: Arc::default(),
+            recorded: Arc::default(),
         }
     }
 
@@ -84,129 +114,54 @@ impl Emu {
         KERNELS.iter().map(|(name, _)| *name)
     }
 
-    /// Checks the guard bands of all live memory.
-    fn check_guards(&self, kernel: &str) -> Result<()> {
-        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        for (address, (name, num_bytes)) in live.iter() {
-            for start in [address - GUARD_BYTES, address + num_bytes] {
-                // SAFETY: the bands lie in the allocation, which is live as long as it is in the table, and were written.
-                let band = unsafe { std::slice::from_raw_parts(start as *const u8, GUARD_BYTES) };
-                if band.iter().any(|byte| *byte != GUARD_BYTE) {
-                    let end = if start < *address { "before" } else { "beyond" };
-                    return Err(kernel_error(
-                        kernel,
-                        &format!("wrote {end} `{name}` of {num_bytes} bytes"),
-                    ));
-                }
-            }
+    /// Does it, or keeps it where a recording is being made.
+    fn submit(&self, work: Work) -> Result<()> {
+        if let Some(recorded) = &mut *lock(&self.recorded) {
+            recorded.push(work);
+            return Ok(());
         }
-        Ok(())
-    }
-}
-
-/// Memory of the emulated device: `[guard | bytes | guard]`.
-#[derive(Debug)]
-pub struct EmuMemory {
-    base: *mut u8,
-    layout: Layout,
-    num_bytes: usize,
-    live: Arc<Mutex<Live>>,
-}
-
-// SAFETY: it owns its allocation, which nothing else frees; kernels and copies reach it only through the driver.
-unsafe impl Send for EmuMemory {}
-// SAFETY: through a shared reference it is only read, and copied from.
-unsafe impl Sync for EmuMemory {}
-
-impl EmuMemory {
-    fn start(&self) -> *mut u8 {
-        self.base.wrapping_add(GUARD_BYTES)
+        self.run(&work)
     }
 
-    fn guard(&self, on: bool) {
-        let after = self.start().wrapping_add(self.num_bytes);
-        for band in [self.base, after] {
-            // SAFETY: both bands lie in the allocation; they hold nothing that this program reads through a reference
-            // while kernels run.
-            unsafe { brightrun_emu_guard(band, GUARD_BYTES, i32::from(on)) };
+    fn run(&self, work: &Work) -> Result<()> {
+        match work {
+            Work::Launch {
+                kernel,
+                grid,
+                params,
+            } => self.run_kernel(*kernel, *grid, params),
+            Work::Zero { address, num_bytes } => self.run_zero(*address, *num_bytes),
         }
     }
-}
 
-impl Memory for EmuMemory {
-    fn address(&self) -> u64 {
-        self.start().addr() as u64
-    }
-
-    fn num_bytes(&self) -> usize {
-        self.num_bytes
-    }
-}
-
-impl Drop for EmuMemory {
-    fn drop(&mut self) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.remove(&self.start().addr());
-        self.guard(false);
-        // SAFETY: allocated with this layout in `alloc`, freed once.
-        unsafe { dealloc(self.base, self.layout) };
-    }
-}
-
-impl Driver for Emu {
-    type Memory = EmuMemory;
-
-    fn alloc(&self, name: &str, num_bytes: usize) -> Result<EmuMemory> {
-        let refuse = || Error::OutOfMemory {
-            reason: format!("`{name}` of {num_bytes} bytes does not fit into memory"),
-        };
-        let total = num_bytes.checked_add(2 * GUARD_BYTES).ok_or_else(refuse)?;
-        let layout = Layout::from_size_align(total, ALIGNMENT).map_err(|_| refuse())?;
-        // SAFETY: the size is at least that of the guard bands, not zero.
-        let base = unsafe { alloc(layout) };
-        if base.is_null() {
-            return Err(refuse());
+    fn run_zero(&self, address: u64, num_bytes: usize) -> Result<()> {
+        let start = usize::try_from(address).unwrap_or(usize::MAX);
+        let live = lock(&self.live);
+        let around = live.range(..=start).next_back();
+        let fits = around
+            .is_some_and(|(base, (_, length))| start.saturating_add(num_bytes) <= base + length);
+        if !fits {
+            return Err(kernel_error("zero", "leaves live memory"));
         }
-        // SAFETY: `base` was just allocated with `total` bytes.
-        let whole = unsafe { std::slice::from_raw_parts_mut(base.cast(), total) };
-        for (at, byte) in whole.iter_mut().enumerate() {
-            let is_guard = at < GUARD_BYTES || at >= GUARD_BYTES + num_bytes;
-            *byte = std::mem::MaybeUninit::new(if is_guard { GUARD_BYTE } else { NAN_BYTE });
-        }
-        let memory = EmuMemory {
-            base,
-            layout,
-            num_bytes,
-            live: Arc::clone(&self.live),
-        };
-        memory.guard(true);
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.insert(
-            memory.start().expose_provenance(),
-            (name.to_owned(), num_bytes),
-        );
-        drop(live);
-        Ok(memory)
-    }
-
-    fn upload(&self, to: &mut EmuMemory, bytes: &[u8]) -> Result<()> {
-        check_len(bytes.len(), to.num_bytes)?;
-        // SAFETY: checked to fit; the memory is this driver's own, so it does not overlap `bytes`.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.start(), bytes.len()) };
+        let at: *mut u8 = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: the range lies in live memory, whose address was exposed in `alloc`.
+        unsafe { std::ptr::write_bytes(at, 0, num_bytes) };
         Ok(())
     }
 
-    fn download(&self, from: &EmuMemory, out: &mut [u8]) -> Result<()> {
-        check_len(out.len(), from.num_bytes)?;
-        // SAFETY: checked to fit; all bytes were written in `alloc`.
-        unsafe { std::ptr::copy_nonoverlapping(from.start(), out.as_mut_ptr(), out.len()) };
-        Ok(())
-    }
-
-    fn launch<P: Pod>(&self, kernel: Kernel, grid: Grid, params: &P) -> Result<()> {
+    fn run_kernel(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()> {
         let entry = KERNELS.iter().find(|(name, _)| *name == kernel.name);
         let (_, entry) =
             *entry.ok_or_else(|| kernel_error(kernel.name, "there is no such kernel"))?;
+        // Params structs hold addresses: eight bytes is their alignment.
+        let aligned: Vec<u64> = params
+            .chunks(8)
+            .map(|chunk| {
+                let mut word = [0; 8];
+                word[..chunk.len()].copy_from_slice(chunk);
+                u64::from_ne_bytes(word)
+            })
+            .collect();
         let launch = Launch {
             grid: grid.blocks,
             block: [kernel.threads, 1, 1],
@@ -216,7 +171,7 @@ impl Driver for Emu {
                 Order::Reversed => 1,
                 Order::Shuffled(seed) => seed.max(2),
             },
-            params: bytemuck::bytes_of(params).as_ptr(),
+            params: aligned.as_ptr().cast(),
         };
         let num_blocks: u64 = grid
             .blocks
@@ -256,22 +211,192 @@ impl Driver for Emu {
         self.check_guards(kernel.name)
     }
 
-    fn synchronize(&self) -> Result<()> {
+    /// Checks the guard bands of all live memory.
+    fn check_guards(&self, kernel: &str) -> Result<()> {
+        let live = lock(&self.live);
+        for (address, (name, num_bytes)) in live.iter() {
+            for start in [address - GUARD_BYTES, address + num_bytes] {
+                // SAFETY: the bands lie in the allocation, which is live as long as it is in the table, and were written.
+                let band = unsafe { std::slice::from_raw_parts(start as *const u8, GUARD_BYTES) };
+                if band.iter().any(|byte| *byte != GUARD_BYTE) {
+                    let end = if start < *address { "before" } else { "beyond" };
+                    return Err(kernel_error(
+                        kernel,
+                        &format!("wrote {end} `{name}` of {num_bytes} bytes"),
+                    ));
+                }
+            }
+        }
         Ok(())
     }
 }
 
-fn check_len(num_bytes: usize, capacity: usize) -> Result<()> {
-    if num_bytes <= capacity {
-        return Ok(());
+/// Memory of the emulated device: `[guard | bytes | guard]`.
+#[derive(Debug)]
+pub struct EmuMemory {
+    base: *mut u8,
+    layout: Layout,
+    num_bytes: usize,
+    live: Arc<Mutex<Live>>,
+    recorded: Arc<Mutex<Option<Vec<Work>>>>,
+}
+
+// SAFETY: it owns its allocation, which nothing else frees; kernels and copies reach it only through the driver.
+unsafe impl Send for EmuMemory {}
+// SAFETY: through a shared reference it is only read, and copied from.
+unsafe impl Sync for EmuMemory {}
+
+impl EmuMemory {
+    fn start(&self) -> *mut u8 {
+        self.base.wrapping_add(GUARD_BYTES)
     }
-    Err(Error::Kernel {
-        reason: format!("copy of {num_bytes} bytes, the memory has {capacity}"),
-    })
+
+    fn check_copy(&self, offset: usize, num_bytes: usize) -> Result<()> {
+        if lock(&self.recorded).is_some() {
+            return Err(Error::Kernel {
+                reason: "a copy inside a recording".to_owned(),
+            });
+        }
+        let end = offset.checked_add(num_bytes);
+        if end.is_some_and(|end| end <= self.num_bytes) {
+            return Ok(());
+        }
+        Err(Error::Kernel {
+            reason: format!(
+                "copy of {num_bytes} bytes at {offset}, the memory has {}",
+                self.num_bytes
+            ),
+        })
+    }
+
+    fn guard(&self, on: bool) {
+        let after = self.start().wrapping_add(self.num_bytes);
+        for band in [self.base, after] {
+            // SAFETY: both bands lie in the allocation; they hold nothing that this program reads through a reference
+            // while kernels run.
+            unsafe { brightrun_emu_guard(band, GUARD_BYTES, i32::from(on)) };
+        }
+    }
+}
+
+impl DeviceMemory for EmuMemory {
+    fn address(&self) -> u64 {
+        self.start().addr() as u64
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.num_bytes
+    }
+
+    fn read(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        self.check_copy(offset, out.len())?;
+        let from = self.start().wrapping_add(offset);
+        // SAFETY: checked to lie in the memory; all its bytes were written in `alloc`.
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.check_copy(offset, bytes.len())?;
+        let to = self.start().wrapping_add(offset);
+        // SAFETY: checked to lie in the memory, which is this device's own, so it does not overlap `bytes`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Drop for EmuMemory {
+    fn drop(&mut self) {
+        let mut live = lock(&self.live);
+        live.remove(&self.start().addr());
+        self.guard(false);
+        // SAFETY: allocated with this layout in `alloc`, freed once.
+        unsafe { dealloc(self.base, self.layout) };
+    }
+}
+
+impl Driver for Emu {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            name: "emulated device".to_owned(),
+            // As many as an H100 has: what a launcher chooses by their number is what runs there.
+            num_multiprocessors: 132,
+            capability: (8, 0),
+        }
+    }
+
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>> {
+        let refuse = || Error::OutOfMemory {
+            reason: format!("`{name}` of {num_bytes} bytes does not fit into memory"),
+        };
+        let total = num_bytes.checked_add(2 * GUARD_BYTES).ok_or_else(refuse)?;
+        let layout = Layout::from_size_align(total, ALIGNMENT).map_err(|_| refuse())?;
+        // SAFETY: the size is at least that of the guard bands, not zero.
+        let base = unsafe { alloc(layout) };
+        if base.is_null() {
+            return Err(refuse());
+        }
+        // SAFETY: `base` was just allocated with `total` bytes.
+        let whole = unsafe { std::slice::from_raw_parts_mut(base.cast(), total) };
+        for (at, byte) in whole.iter_mut().enumerate() {
+            let is_guard = at < GUARD_BYTES || at >= GUARD_BYTES + num_bytes;
+            *byte = std::mem::MaybeUninit::new(if is_guard { GUARD_BYTE } else { NAN_BYTE });
+        }
+        let memory = EmuMemory {
+            base,
+            layout,
+            num_bytes,
+            live: Arc::clone(&self.live),
+            recorded: Arc::clone(&self.recorded),
+        };
+        memory.guard(true);
+        let mut live = lock(&self.live);
+        live.insert(
+            memory.start().expose_provenance(),
+            (name.to_owned(), num_bytes),
+        );
+        drop(live);
+        Ok(Arc::new(memory))
+    }
+
+    fn launch(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()> {
+        self.submit(Work::Launch {
+            kernel,
+            grid,
+            params: params.to_vec(),
+        })
+    }
+
+    fn zero(&self, address: u64, num_bytes: usize) -> Result<()> {
+        self.submit(Work::Zero { address, num_bytes })
+    }
+
+    fn record(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
+        *lock(&self.recorded) = Some(Vec::new());
+        let result = body();
+        let work = lock(&self.recorded).take().unwrap_or_default();
+        result?;
+        Ok(Box::new(EmuRecording {
+            device: self.clone(),
+            work,
+        }))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn kernel_error(kernel: &str, what: &str) -> Error {
     Error::Kernel {
         reason: format!("kernel {kernel}: {what}"),
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,13 +1,13 @@
-//! What a device must do: memory, copies, launches.
+//! What a device must do: memory, launches, recordings.
 
 #[cfg(kernels_emu)]
 pub mod emu;
 
 use std::fmt::Debug;
-
-use bytemuck::Pod;
+use std::sync::Arc;
 
 use crate::error::Result;
+use crate::tensor::device::DeviceMemory;
 
 /// A kernel: its name in `kernels/*.cu` and the threads of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,51 +35,83 @@ impl Grid {
 
     /// `x` by `y` blocks.
     pub fn plane(x: u32, y: u32) -> Self {
+        Self::volume(x, y, 1)
+    }
+
+    /// `x` by `y` by `z` blocks.
+    pub fn volume(x: u32, y: u32, z: u32) -> Self {
         Self {
-            blocks: [x, y, 1],
+            blocks: [x, y, z],
             dynamic_shared_bytes: 0,
+        }
+    }
+
+    /// The same blocks with `num_bytes` of dynamic shared memory each.
+    #[must_use]
+    pub fn with_shared(self, num_bytes: u32) -> Self {
+        Self {
+            dynamic_shared_bytes: num_bytes,
+            ..self
         }
     }
 }
 
-/// A piece of a device's memory, given back when dropped.
-pub trait Memory: Debug + Send + Sync {
-    /// Where it begins, on the device.
-    fn address(&self) -> u64;
-
-    /// Its length in bytes.
-    fn num_bytes(&self) -> usize;
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its name.
+    pub name: String,
+    /// Streaming multiprocessors.
+    pub num_multiprocessors: u32,
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
 }
 
-/// A device.
+/// Launches that were recorded, to be made again.
+pub trait Recording: Debug + Send + Sync {
+    /// Makes all of them, in order.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    fn replay(&self) -> Result<()>;
+}
+
+/// A device. Everything it is told to do happens in order; only reads of memory, [`Self::synchronize`] and the first error
+/// wait for it.
 pub trait Driver: Debug + Send + Sync {
-    /// Memory of the device.
-    type Memory: Memory;
+    /// What it is.
+    fn info(&self) -> DeviceInfo;
+
+    /// Free bytes of its memory; `None` where it is the host's.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    fn free_memory(&self) -> Result<Option<u64>>;
 
     /// `num_bytes` of memory, not initialised; `name` is for messages.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory).
-    fn alloc(&self, name: &str, num_bytes: usize) -> Result<Self::Memory>;
+    fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>>;
 
-    /// Copies `bytes` to the start of `to`.
-    ///
-    /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel) if they do not fit, or an earlier launch failed.
-    fn upload(&self, to: &mut Self::Memory, bytes: &[u8]) -> Result<()>;
-
-    /// Copies the start of `from` to `out`, after everything launched before.
-    ///
-    /// # Errors
-    /// As [`Self::upload`].
-    fn download(&self, from: &Self::Memory, out: &mut [u8]) -> Result<()>;
-
-    /// Launches `kernel`. The addresses in `params` must be of live memory of this device that is large enough for what the
-    /// kernel's header says; launchers check that.
+    /// Launches `kernel` with the bytes of its params struct. The addresses in `params` must be of live memory of this
+    /// device that is large enough for what the kernel's header says; launchers check that.
     ///
     /// # Errors
     /// [`Error::Kernel`](crate::error::Error::Kernel).
-    fn launch<P: Pod>(&self, kernel: Kernel, grid: Grid, params: &P) -> Result<()>;
+    fn launch(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()>;
+
+    /// Zeroes `num_bytes` from `address` on, which must lie in live memory of this device.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    fn zero(&self, address: u64, num_bytes: usize) -> Result<()>;
+
+    /// Records the launches and zeroings that `body` asks for, without making them. `body` copies nothing.
+    ///
+    /// # Errors
+    /// Those of `body`; [`Error::Kernel`](crate::error::Error::Kernel).
+    fn record(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>>;
 
     /// Waits for everything launched.
     ///

@@ -1,0 +1,1 @@
+//! NF4 on the device: launchers.

@@ -1,0 +1,235 @@
+//! What a case works with: inputs on the device under test, results back from it.
+
+use crate::data::{Batch, IGNORE_INDEX};
+use crate::error::{Error, Result};
+use crate::ops::{Ops, StepState};
+use crate::random::{Draws, Stream};
+use crate::store::Weight;
+use crate::store::nf4::Nf4Matrix;
+use crate::tensor::{DType, Tensor};
+
+/// A device with a case on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Stage<'a> {
+    /// The device.
+    pub ops: &'a dyn Ops,
+}
+
+/// `len` values drawn from a normal distribution, each one a bf16 number, so that placing them rounds nothing.
+pub fn values(len: usize, seed: u64) -> Vec<f32> {
+    let mut draws = Draws::new(seed, Stream::Synthetic, 1);
+    let value = |_| half::bf16::from_f32(draws.next_normal()).to_f32();
+    (0..len).map(value).collect()
+}
+
+/// [`values`] times a power of two.
+pub fn scaled(len: usize, seed: u64, scale: f32) -> Vec<f32> {
+    values(len, seed)
+        .iter()
+        .map(|value| value * scale)
+        .collect()
+}
+
+/// A step of sequences of these lengths; every third position has no target, nor has a sequence's last. No dropout.
+pub fn state(lengths: &[usize], vocab_size: u32, seed: u64) -> StepState {
+    let mut draws = Draws::new(seed, Stream::Synthetic, 2);
+    let mut batch = Batch {
+        cu_seqlens: vec![0],
+        ..Batch::default()
+    };
+    for length in lengths {
+        for position in 0..*length {
+            let has_target = position + 1 < *length && position % 3 != 1;
+            let target = draws.next_u32() % vocab_size;
+            batch.input_ids.push(draws.next_u32() % vocab_size);
+            batch
+                .position_ids
+                .push(u32::try_from(position).unwrap_or(u32::MAX));
+            batch.target_ids.push(if has_target {
+                target.cast_signed()
+            } else {
+                IGNORE_INDEX
+            });
+        }
+        let end = u32::try_from(batch.input_ids.len()).unwrap_or(u32::MAX);
+        batch.cu_seqlens.push(end);
+    }
+    StepState {
+        batch,
+        loss_scale: 0.125,
+        dropout: None,
+    }
+}
+
+impl<'a> Stage<'a> {
+    /// A case on `ops`.
+    pub fn new(ops: &'a dyn Ops) -> Self {
+        Self { ops }
+    }
+
+    /// Makes `state` the step that ops work on.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn load(&self, state: &StepState) -> Result<()> {
+        self.ops.load_batch(state)
+    }
+
+    fn filled(&self, name: &str, shape: &[usize], dtype: DType, values: &[f32]) -> Result<Tensor> {
+        let mut tensor = self.ops.arena().alloc(name, shape, dtype)?;
+        tensor.write_f32(values)?;
+        Ok(tensor)
+    }
+
+    /// An activation with these values.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn activation(&self, name: &str, shape: &[usize], values: &[f32]) -> Result<Tensor> {
+        self.filled(name, shape, self.ops.activation_dtype(), values)
+    }
+
+    /// An activation of `capacity` rows whose first rows have these values; the rest is NaN.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they do not fit.
+    pub fn rows(
+        &self,
+        name: &str,
+        [capacity, width]: [usize; 2],
+        values: &[f32],
+    ) -> Result<Tensor> {
+        let padded = padded(values, capacity * width);
+        self.activation(name, &[capacity, width], &padded)
+    }
+
+    /// [`Self::rows`] in f32.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they do not fit.
+    pub fn rows_f32(
+        &self,
+        name: &str,
+        [capacity, width]: [usize; 2],
+        values: &[f32],
+    ) -> Result<Tensor> {
+        let padded = padded(values, capacity * width);
+        self.f32(name, &[capacity, width], &padded)
+    }
+
+    /// An f32 tensor with these values.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn f32(&self, name: &str, shape: &[usize], values: &[f32]) -> Result<Tensor> {
+        self.filled(name, shape, DType::F32, values)
+    }
+
+    /// A u32 tensor with these values.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn u32(&self, name: &str, shape: &[usize], values: &[u32]) -> Result<Tensor> {
+        let tensor = Tensor::from_u32(name, shape, values.to_vec())?;
+        self.ops.place(tensor)
+    }
+
+    /// A weight as stored.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if their number is not that of `shape`.
+    pub fn dense(&self, name: &str, shape: [usize; 2], values: &[f32]) -> Result<Weight> {
+        let tensor = Tensor::from_f32(name, &shape, values.to_vec())?;
+        self.ops.place_weight(Weight::Dense(tensor))
+    }
+
+    /// A weight in NF4. [`nf4_values`] are what it stands for.
+    ///
+    /// # Errors
+    /// Those of the quantisation.
+    pub fn nf4(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        values: &[f32],
+        double_quant: bool,
+    ) -> Result<Weight> {
+        let matrix = Nf4Matrix::quantize(name, values, shape, double_quant)?;
+        self.ops.place_weight(Weight::Nf4(matrix))
+    }
+
+    /// An activation that the op is to write: NaN until then.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn out(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let nans = vec![f32::NAN; shape.iter().product()];
+        self.activation(name, shape, &nans)
+    }
+
+    /// An f32 tensor that the op is to write: NaN until then.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn out_f32(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let nans = vec![f32::NAN; shape.iter().product()];
+        self.f32(name, shape, &nans)
+    }
+
+    /// A u32 tensor that the op is to write.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn out_u32(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.u32(name, shape, &vec![u32::MAX; shape.iter().product()])
+    }
+
+    /// All elements.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn read(&self, tensor: &Tensor) -> Result<Vec<f64>> {
+        Ok(tensor.to_f32_vec()?.into_iter().map(f64::from).collect())
+    }
+
+    /// The leading `rows` rows; those after must be as [`Self::rows`] and [`Self::out`] left them.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] if a row after them was written; those of the device.
+    pub fn read_rows(&self, tensor: &Tensor, rows: usize) -> Result<Vec<f64>> {
+        let mut all = self.read(tensor)?;
+        let width = tensor.len() / tensor.shape().first().copied().unwrap_or(1).max(1);
+        let surplus = all.split_off(rows * width);
+        if surplus.iter().any(|value| !value.is_nan()) {
+            return Err(Error::Kernel {
+                reason: format!("`{}` was written past row {rows}", tensor.name()),
+            });
+        }
+        Ok(all)
+    }
+
+    /// The leading `count` integers.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn read_u32(&self, tensor: &Tensor, count: usize) -> Result<Vec<u32>> {
+        let mut all = tensor.to_u32_vec()?;
+        all.truncate(count);
+        Ok(all)
+    }
+}
+
+/// What a weight of [`Stage::nf4`] stands for, exactly (devices that compute in bf16 round it).
+///
+/// # Errors
+/// Those of the quantisation.
+pub fn nf4_values(shape: [usize; 2], values: &[f32], double_quant: bool) -> Result<Vec<f32>> {
+    let matrix = Nf4Matrix::quantize("nf4", values, shape, double_quant)?;
+    matrix.to_f32_vec()
+}
+
+fn padded(values: &[f32], len: usize) -> Vec<f32> {
+    let mut all = values.to_vec();
+    all.resize(len.max(values.len()), f32::NAN);
+    all
+}
