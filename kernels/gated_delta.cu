@@ -51,7 +51,7 @@ DEVICE void chunk_gates(const GatedDeltaParams& p, float* gamma, float* beta, un
     const unsigned row = 2 * threadIdx.x;
     const size_t at = static_cast<size_t>(chunk.start + row) * p.num_value_heads + head;
     float value[2];
-    for (unsigned i = 0; i < 2; ++i) {
+    UNROLL for (unsigned i = 0; i < 2; ++i) {
         const bool valid = row + i < chunk.size;
         value[i] = valid ? p.g[at + i * p.num_value_heads] : 0.0f;
         beta[row + i] = valid ? p.beta[at + i * p.num_value_heads] : 0.0f;
@@ -61,8 +61,11 @@ DEVICE void chunk_gates(const GatedDeltaParams& p, float* gamma, float* beta, un
         const float before = __shfl_up_sync(kFullMask, sum, offset);
         if (threadIdx.x >= offset) sum += before;
     }
-    const float sums[2] = {sum - value[1], sum};
-    for (unsigned i = 0; i < 2; ++i) {
+    // Added up from the pair before, so that a large second value takes no digits from the first.
+    const float before = __shfl_up_sync(kFullMask, sum, 1);
+    const float first = (threadIdx.x > 0 ? before : 0.0f) + value[0];
+    const float sums[2] = {first, first + value[1]};
+    UNROLL for (unsigned i = 0; i < 2; ++i) {
         gamma[row + i] = row + i < chunk.size ? sums[i] : 0.0f;
         if (row + i < chunk.size) p.gamma[chunk_offset(p, head, chunk.start, 1) + row + i] = sums[i];
     }
@@ -90,7 +93,6 @@ DEVICE void solve_column(float* solver) {
                 }
             }
         }
-        __syncwarp();
         UNROLL for (unsigned i = 0; i < kBlock; ++i) {
             if (column <= top + i) solver[(top + i) * kSolveRow + column] = x[i];
         }

@@ -36,28 +36,26 @@ DEVICE Chunk chunk_at(const StepStateDevice* step, unsigned start) {
 // The chunks that begin in rows [64 window, 64 window + 64): mostly one. Each warp asks for itself, all lanes together.
 struct ChunkStarts {
     unsigned first;
-    uint32_t bits[2];
+    uint64_t bits;
 
     __device__ __forceinline__ bool next(unsigned& start) {
-        for (unsigned word = 0; word < 2; ++word) {
-            if (!bits[word]) continue;
-            const unsigned bit = static_cast<unsigned>(__ffs(static_cast<int>(bits[word]))) - 1;
-            bits[word] &= bits[word] - 1;
-            start = first + 32 * word + bit;
-            return true;
-        }
-        return false;
+        if (!bits) return false;
+        const auto low = static_cast<int>(bits), high = static_cast<int>(bits >> 32);
+        start = first + static_cast<unsigned>(low ? __ffs(low) - 1 : __ffs(high) + 31);
+        bits &= bits - 1;
+        return true;
     }
 };
 
+DEVICE bool is_chunk_start(const StepStateDevice* step, unsigned row) {
+    return row < step->num_tokens && (row - step->sequence_start[row]) % kChunk == 0;
+}
+
 DEVICE ChunkStarts chunk_starts(const StepStateDevice* step, unsigned window) {
-    ChunkStarts starts{window * kChunk, {0, 0}};
-    for (unsigned word = 0; word < 2; ++word) {
-        const unsigned row = starts.first + 32 * word + threadIdx.x % kWarpSize;
-        const bool begins = row < step->num_tokens && (row - step->sequence_start[row]) % kChunk == 0;
-        starts.bits[word] = __ballot_sync(kFullMask, begins);
-    }
-    return starts;
+    const unsigned first = window * kChunk, row = first + threadIdx.x % kWarpSize;
+    const uint64_t low = __ballot_sync(kFullMask, is_chunk_start(step, row));
+    const uint64_t high = __ballot_sync(kFullMask, is_chunk_start(step, row + kWarpSize));
+    return {first, low | high << 32};
 }
 
 // e^(gamma_i - gamma_j) for j <= i < size, else 0. The difference is never positive: no overflow.
@@ -190,6 +188,14 @@ struct Strip {
         const unsigned lane = threadIdx.x % kWarpSize;
         UNROLL for (unsigned tile = 0; tile < kColumns / 8; ++tile) {
             UNROLL for (unsigned i = 0; i < 4; ++i) f(part[tile][i], lane / 4 + i / 2 * 8, tile * 8 + lane % 4 * 2 + i % 2);
+        }
+    }
+
+    // f(value, other's value) for this lane's elements.
+    template <class F>
+    __device__ __forceinline__ void each_with(const Strip& other, F f) {
+        UNROLL for (unsigned tile = 0; tile < kColumns / 8; ++tile) {
+            UNROLL for (unsigned i = 0; i < 4; ++i) f(part[tile][i], other.part[tile][i]);
         }
     }
 
