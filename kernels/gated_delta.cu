@@ -78,7 +78,8 @@ DEVICE void solve_column(float* solver) {
     for (unsigned top = first; top < kChunk; top += kBlock) {
         float x[kBlock];
         UNROLL for (unsigned i = 0; i < kBlock; ++i) x[i] = top + i == column ? 1.0f : 0.0f;
-        for (unsigned m = first; m < top; ++m) {
+        // 16 independent sums are enough to hide latency; unrolled, the loop takes registers that the products need.
+        NO_UNROLL for (unsigned m = first; m < top; ++m) {
             const float above = m < column ? 0.0f : solver[m * kSolveRow + column];
             UNROLL for (unsigned i = 0; i < kBlock; i += 4) {
                 const Float4 l = *reinterpret_cast<const Float4*>(solver + m * kSolveRow + top + i);

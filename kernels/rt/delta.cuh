@@ -11,8 +11,10 @@
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 #else
 #define UNROLL
+#define NO_UNROLL
 #endif
 
 constexpr unsigned kChunk = GATED_DELTA_CHUNK;
