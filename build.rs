@@ -13,8 +13,11 @@ use std::env;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -69,7 +72,8 @@ fn compile_emulated(kernels: &[PathBuf], out: &Path) -> Result<()> {
         .extra_warnings(true)
         .warnings_into_errors(true)
         .flag("-ffp-contract=off");
-    if env::var_os("BRIGHTRUN_EMU_SANITIZE").is_some() {
+    let is_sanitized = env::var_os("BRIGHTRUN_EMU_SANITIZE").is_some();
+    if is_sanitized {
         // The tests run with AddressSanitizer and UndefinedBehaviorSanitizer in the kernels.
         for flag in [
             "-fsanitize=address,undefined",
@@ -82,13 +86,23 @@ fn compile_emulated(kernels: &[PathBuf], out: &Path) -> Result<()> {
         println!("cargo:rustc-link-lib=asan");
         println!("cargo:rustc-link-lib=ubsan");
     }
-    let mut table = String::new();
-    let mut declarations = String::new();
-    for path in kernels {
-        let mut one = build.clone();
-        let text = one.flag("-xc++").file(path).try_expand()?;
-        let text = String::from_utf8_lossy(&text).into_owned();
-        for name in kernel_names(&text) {
+    let key = format!("emulated, sanitized: {is_sanitized}");
+    let names = for_each(kernels, |path| {
+        let object = out.join(stem(path)).with_extension("emu.o");
+        let names = cached(path, &object, &key, || {
+            let mut one = build.clone();
+            one.flag("-xc++").file(path).out_dir(out.join(stem(path)));
+            let text = one.try_expand()?;
+            let objects = one.try_compile_intermediates()?;
+            fs::copy(&objects[0], &object)?;
+            Ok(kernel_names(&String::from_utf8_lossy(&text)).join("\n"))
+        })?;
+        Ok((object, names))
+    })?;
+    let (mut table, mut declarations) = (String::new(), String::new());
+    for (object, names) in &names {
+        build.object(object);
+        for name in names.lines() {
             writeln!(
                 declarations,
                 "    fn {name}_emu(launch: *const Launch, first: u64, count: u64, error: *mut u8, error_bytes: usize) -> i32;"
@@ -101,15 +115,73 @@ fn compile_emulated(kernels: &[PathBuf], out: &Path) -> Result<()> {
     );
     fs::write(out.join("emu_kernels.rs"), text)?;
     build
-        .clone()
-        .flag("-xc++")
-        .files(kernels)
-        .try_compile("brightrun_emu_kernels")?;
-    build
         .file("kernels/rt/emu.cpp")
         .try_compile("brightrun_emu")?;
     println!("cargo:rustc-cfg=kernels_emu");
     Ok(())
+}
+
+fn stem(path: &Path) -> &str {
+    path.file_stem()
+        .and_then(|stem| stem.to_str())
+        .unwrap_or_default()
+}
+
+/// What `make` says of a kernel file, made anew only where the file, a header, `key` or the product changed.
+fn cached(
+    source: &Path,
+    product: &Path,
+    key: &str,
+    make: impl FnOnce() -> Result<String>,
+) -> Result<String> {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    fs::read(source)?.hash(&mut hasher);
+    for (dir, extension) in [("kernels", "h"), ("kernels/rt", "h"), ("kernels/rt", "cuh")] {
+        for header in files(dir, extension)? {
+            fs::read(header)?.hash(&mut hasher);
+        }
+    }
+    let digest = format!("{:016x}", hasher.finish());
+    let stamp = product.with_extension("stamp");
+    if product.is_file()
+        && let Ok(text) = fs::read_to_string(&stamp)
+        && let Some((found, said)) = text.split_once('\n')
+        && found == digest
+    {
+        return Ok(said.to_owned());
+    }
+    let said = make()?;
+    fs::write(stamp, format!("{digest}\n{said}"))?;
+    Ok(said)
+}
+
+/// `f` of every file, on as many threads as cargo allows, in the order of the files.
+fn for_each<T: Send>(paths: &[PathBuf], f: impl Fn(&Path) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(path) = paths.get(index) else {
+                return done;
+            };
+            // Errors cross threads as text.
+            done.push((index, f(path).map_err(|error| error.to_string())));
+        }
+    };
+    let mut all: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..jobs.unwrap_or(1)).map(|_| scope.spawn(work)).collect();
+        let done = threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        done.collect()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter()
+        .map(|(_, result)| result.map_err(Into::into))
+        .collect()
 }
 
 /// Names of the kernels in a preprocessed source.
@@ -132,35 +204,21 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
         return Ok(());
     };
     let archs = env::var("BRIGHTRUN_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.to_owned());
+    let key = format!("{} {archs}", nvcc.display());
+    let fatbins = for_each(kernels, |path| {
+        let fatbin = out.join(stem(path)).with_extension("fatbin");
+        let said = cached(path, &fatbin, &key, || {
+            compile_fatbin(&nvcc, &archs, path, &fatbin)
+        })?;
+        Ok((fatbin, said))
+    })?;
     let (mut table, mut report) = (String::new(), String::new());
-    for path in kernels {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let fatbin = out.join(format!("{name}.fatbin"));
-        let mut command = Command::new(&nvcc);
-        command.args([
-            "-std=c++17",
-            "-O3",
-            "-lineinfo",
-            "-Werror",
-            "all-warnings",
-            "-Xptxas",
-            "-v,-warn-spills",
-            "-fatbin",
-        ]);
-        for arch in archs.split(',').map(str::trim) {
-            command
-                .arg("-gencode")
-                .arg(format!("arch=compute_{arch},code=sm_{arch}"));
-        }
-        let result = command.arg(path).arg("-o").arg(&fatbin).output()?;
-        let said = String::from_utf8_lossy(&result.stderr);
-        if !result.status.success() {
-            return Err(format!("{} {}:\n{said}", nvcc.display(), path.display()).into());
-        }
-        report.push_str(&said);
+    for (path, (fatbin, said)) in kernels.iter().zip(&fatbins) {
+        report.push_str(said);
         writeln!(
             table,
-            "    ({name:?}, include_bytes!({:?})),",
+            "    ({:?}, include_bytes!({:?})),",
+            stem(path),
             fatbin.display().to_string()
         )?;
     }
@@ -173,6 +231,33 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
     )?;
     println!("cargo:rustc-cfg=kernels_cuda");
     Ok(())
+}
+
+/// Compiles one file for all of `archs`; what ptxas says of it.
+fn compile_fatbin(nvcc: &Path, archs: &str, path: &Path, fatbin: &Path) -> Result<String> {
+    let mut command = Command::new(nvcc);
+    command.args([
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v,-warn-spills",
+        "-Ikernels",
+        "-fatbin",
+    ]);
+    for arch in archs.split(',').map(str::trim) {
+        command
+            .arg("-gencode")
+            .arg(format!("arch=compute_{arch},code=sm_{arch}"));
+    }
+    let result = command.arg(path).arg("-o").arg(fatbin).output()?;
+    let said = String::from_utf8_lossy(&result.stderr).into_owned();
+    if !result.status.success() {
+        return Err(format!("{} {}:\n{said}", nvcc.display(), path.display()).into());
+    }
+    Ok(said)
 }
 
 fn find_nvcc() -> Option<PathBuf> {

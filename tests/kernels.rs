@@ -232,18 +232,14 @@ fn an_added_and_normed_row_and_an_accumulated_gradient() {
     device
         .launch(NORM_BACKWARD, Grid::line(4), bytemuck::bytes_of(&backward))
         .unwrap();
-    assert_eq!(download::<bf16>(&device, &stored), sum);
-    assert_bf16(&download::<bf16>(&device, &out), &expected.out, "out");
+    assert_eq!(download::<bf16>(&stored), sum);
+    assert_bf16(&download::<bf16>(&out), &expected.out, "out");
     let total = expected
         .d_x
         .iter()
         .zip(&before)
         .map(|(d, b)| d + f64::from(b.to_f32()));
-    assert_bf16(
-        &download::<bf16>(&device, &d_x),
-        &total.collect::<Vec<_>>(),
-        "d_x",
-    );
+    assert_bf16(&download::<bf16>(&d_x), &total.collect::<Vec<_>>(), "d_x");
 }
 
 const DEQUANTIZE: Kernel = Kernel {
@@ -310,10 +306,7 @@ fn dequantised(order: Order, matrix: &Nf4Matrix) -> Vec<u16> {
         .launch(DEQUANTIZE, grid, bytemuck::bytes_of(&params))
         .unwrap();
     drop(scales);
-    download::<bf16>(&device, &out)
-        .iter()
-        .map(|w| w.to_bits())
-        .collect()
+    download::<bf16>(&out).iter().map(|w| w.to_bits()).collect()
 }
 
 const SWIGLU_BACKWARD: Kernel = Kernel {
@@ -366,8 +359,8 @@ fn swiglu_backward_matches_the_formula_also_in_place() {
             device
                 .launch(SWIGLU_BACKWARD, grid, bytemuck::bytes_of(&params))
                 .unwrap();
-            assert_bf16(&download::<bf16>(&device, &gate), &d_gate, "d_gate");
-            assert_bf16(&download::<bf16>(&device, &up), &d_up, "d_up");
+            assert_bf16(&download::<bf16>(&gate), &d_gate, "d_gate");
+            assert_bf16(&download::<bf16>(&up), &d_up, "d_up");
         }
     }
 }

@@ -11,16 +11,11 @@
 mod common;
 
 use brightrun::backend::cpu::Cpu;
-use brightrun::config::model::ModelConfig;
-use brightrun::config::{MoeLora, Recompute};
-use brightrun::data::{Batch, StepBatches};
-use brightrun::model::adapter::AdapterSettings;
-use brightrun::model::weights;
+use brightrun::data::Batch;
 use brightrun::ops::{Linear, Ops, StepState};
-use brightrun::store::checkpoint::Checkpoint;
-use brightrun::store::quantized::{QuantizePolicy, QuantizedStore};
+use brightrun::store::quantized::QuantizePolicy;
 use brightrun::tensor::Tensor;
-use brightrun::train::trainer::{OptimizerSettings, Trainer};
+use common::model::{Case, case_on, floats};
 use common::{FAMILIES, Golden, SEVEN, golden, max_abs_diff, output, relative_l2, zeros};
 use serde_json::Value;
 
@@ -38,133 +33,11 @@ const GRAD_ABS: f64 = 2e-5;
 const BF16: f64 = 6e-3;
 const STEP5_DELTA: f64 = 5e-3;
 
-struct Case {
-    family: &'static str,
-    json: Value,
-    trainer: Trainer,
-}
-
 fn case(family: &'static str, targets: &[&str], policy: QuantizePolicy, weight_decay: f64) -> Case {
-    case_on(Cpu::new(), family, targets, policy, weight_decay)
-}
-
-fn case_on(
-    cpu: Cpu,
-    family: &'static str,
-    targets: &[&str],
-    policy: QuantizePolicy,
-    weight_decay: f64,
-) -> Case {
-    let text = fs_err::read_to_string(golden(&format!("golden/{family}/golden.json"))).unwrap();
-    let dir = golden(&format!("models/{family}"));
-    let config = ModelConfig::from_file(dir.join("config.json")).unwrap();
-    let mut store = QuantizedStore::new(Checkpoint::open(&dir).unwrap(), policy);
-    let settings = AdapterSettings {
-        rank: 4,
-        expert_rank: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        use_rslora: false,
-        target_modules: targets.iter().map(|&target| target.to_owned()).collect(),
-        moe_lora: MoeLora::All,
-    };
-    let decoder = weights::load(&config, &mut store, settings, 256).unwrap();
-    store.verify().unwrap();
-    let optimizer = OptimizerSettings {
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay,
-        max_grad_norm: 1.0,
-    };
-    let trainer = Trainer::new(Box::new(cpu), decoder, optimizer, 256, Recompute::None, 0).unwrap();
-    Case {
-        family,
-        json: serde_json::from_str(&text).unwrap(),
-        trainer,
-    }
-}
-
-fn integers<T: TryFrom<i64>>(value: &Value) -> Vec<T>
-where
-    T::Error: std::fmt::Debug,
-{
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|v| T::try_from(v.as_i64().unwrap()).unwrap())
-        .collect()
-}
-
-fn floats(value: &Value) -> Vec<f64> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|v| v.as_f64().unwrap())
-        .collect()
+    case_on(Box::new(Cpu::new()), family, targets, policy, weight_decay)
 }
 
 impl Case {
-    /// The golden sequences, one batch each.
-    fn sequences(&self) -> Vec<Batch> {
-        let sequences = self.json["sequences"].as_array().unwrap();
-        let labels = self.json["labels"].as_array().unwrap();
-        sequences
-            .iter()
-            .zip(labels)
-            .map(|(ids, labels)| {
-                let (input_ids, labels): (Vec<u32>, Vec<i32>) = (integers(ids), integers(labels));
-                let length = u32::try_from(input_ids.len()).unwrap();
-                let mut target_ids = labels[1..].to_vec();
-                target_ids.push(-100);
-                let (cu_seqlens, position_ids) = (vec![0, length], (0..length).collect());
-                Batch {
-                    input_ids,
-                    target_ids,
-                    cu_seqlens,
-                    position_ids,
-                }
-            })
-            .collect()
-    }
-
-    /// All of them packed into one batch.
-    fn packed(&self) -> StepBatches {
-        let mut batch = Batch {
-            cu_seqlens: vec![0],
-            ..Batch::default()
-        };
-        for one in self.sequences() {
-            batch.input_ids.extend(one.input_ids);
-            batch.target_ids.extend(one.target_ids);
-            batch.position_ids.extend(one.position_ids);
-            batch
-                .cu_seqlens
-                .push(u32::try_from(batch.input_ids.len()).unwrap());
-        }
-        let num_target_tokens = batch.target_ids.iter().filter(|id| **id >= 0).count();
-        StepBatches {
-            micro_batches: vec![batch],
-            num_target_tokens,
-        }
-    }
-
-    fn file(&self, name: &str) -> Golden {
-        Golden::open(&format!("golden/{}/{name}", self.family))
-    }
-
-    fn load_adapter(&mut self, name: &str) {
-        let file = self.file(&format!("{name}/adapter_model.safetensors"));
-        let tensors: Vec<_> = self.trainer.decoder().adapter.tensors().collect();
-        assert_eq!(tensors.len(), file.names().len());
-        let values = self.trainer.adapter_mut().values.f32_mut().unwrap();
-        for (name, range) in tensors {
-            values[range].copy_from_slice(&file.values(&format!("base_model.model.{name}")));
-        }
-    }
-
     /// Forward alone, each sequence by itself, compared with a forward file: losses, logits, hidden states.
     fn check_forward(&mut self, file: &str, expected: &Value) {
         let golden = self.file(file);
@@ -463,14 +336,18 @@ fn the_default_nf4_list_matches() {
     case.check_training(&json["lora_train"]);
 }
 
+fn rounding() -> Box<Cpu> {
+    Box::new(Cpu::with_bf16_rounding())
+}
+
 /// The mode that rounds to bf16 where a GPU stores bf16: everything stored is bf16, and what is trained stays close to f32.
 #[test]
 fn bf16_rounding_stays_within_the_noise_of_bf16() {
     for family in FAMILIES {
         let policy = || QuantizePolicy::modules(SEVEN.map(str::to_owned).to_vec(), true);
         let mut exact = nf4(family, &SEVEN, true, 0.0);
-        let mut rounded = case_on(Cpu::with_bf16_rounding(), family, &SEVEN, policy(), 0.0);
-        let mut again = case_on(Cpu::with_bf16_rounding(), family, &SEVEN, policy(), 0.0);
+        let mut rounded = case_on(rounding(), family, &SEVEN, policy(), 0.0);
+        let mut again = case_on(rounding(), family, &SEVEN, policy(), 0.0);
         for case in [&mut exact, &mut rounded, &mut again] {
             case.load_adapter("adapter_init");
         }

@@ -10,6 +10,7 @@
 pub(crate) mod cli;
 #[cfg(feature = "emu")]
 pub(crate) mod device;
+pub(crate) mod model;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,496 @@
+//! The list that maps [`Ops`] onto the files of this backend.
+
+use super::{
+    Cpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, linear, moe,
+    norm, rope, route,
+};
+use crate::error::Result;
+use crate::ops::{
+    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, NormSpec, Ops, QkWeights,
+    Routing, StepState, UpdateReport,
+};
+use crate::store::Weight;
+use crate::tensor::arena::Arena;
+use crate::tensor::{DType, Tensor};
+
+impl Ops for Cpu {
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn arena(&self) -> Arena {
+        Arena::host()
+    }
+
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn place(&self, tensor: Tensor) -> Result<Tensor> {
+        Ok(tensor)
+    }
+
+    fn place_weight(&self, weight: Weight) -> Result<Weight> {
+        Ok(weight)
+    }
+
+    fn place_experts(&self, experts: [Vec<Weight>; 3]) -> Result<[Vec<Weight>; 3]> {
+        Ok(experts)
+    }
+
+    fn reserve(&self, _: usize, _: &mut dyn FnMut(&dyn Ops) -> Result<()>) -> Result<usize> {
+        Ok(0)
+    }
+
+    fn load_batch(&self, _: &StepState) -> Result<()> {
+        Ok(())
+    }
+
+    fn recorded(&self, _: &'static str, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        body()
+    }
+
+    fn embedding_forward(&self, out: &mut Tensor, table: &Weight, state: &StepState) -> Result<()> {
+        elementwise::embedding_forward(self, out, table, state)
+    }
+
+    fn rms_norm_forward(
+        &self,
+        out: &mut Tensor,
+        rstd: &mut Tensor,
+        x: &Tensor,
+        weight: &Tensor,
+        spec: NormSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        norm::forward(self, out, rstd, x, weight, spec, state)
+    }
+
+    fn add_rms_norm_forward(
+        &self,
+        sum: &mut Tensor,
+        out: &mut Tensor,
+        rstd: &mut Tensor,
+        x: &Tensor,
+        delta: &Tensor,
+        weight: &Tensor,
+        spec: NormSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        norm::add_forward(self, sum, out, rstd, x, delta, weight, spec, state)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        d_x: GradOut<'_>,
+        d_out: &Tensor,
+        x: &Tensor,
+        rstd: &Tensor,
+        weight: &Tensor,
+        spec: NormSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        norm::backward(self, d_x, d_out, x, rstd, weight, spec, state)
+    }
+
+    fn linear_forward(
+        &self,
+        outs: &mut [&mut Tensor],
+        xa: &mut Tensor,
+        x: &Tensor,
+        linears: &[&Linear],
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        linear::forward(self, outs, xa, x, linears, lora, state)
+    }
+
+    fn linear_backward(
+        &self,
+        d_x: GradOut<'_>,
+        d_lora: &mut Tensor,
+        d_outs: &[&Tensor],
+        x: &Tensor,
+        xa: &Tensor,
+        linears: &[&Linear],
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        linear::backward(self, d_x, d_lora, d_outs, x, xa, linears, lora, state)
+    }
+
+    fn linear_swiglu_forward(
+        &self,
+        h: &mut Tensor,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        xa: &mut Tensor,
+        x: &Tensor,
+        linears: [&Linear; 2],
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        let width = linears[0].out_features;
+        linear::forward(
+            self,
+            &mut [&mut *gate, &mut *up],
+            xa,
+            x,
+            &linears,
+            lora,
+            state,
+        )?;
+        elementwise::swiglu_forward(self, h, gate, up, width, state)
+    }
+
+    fn swiglu_backward(
+        &self,
+        d_gate: &mut Tensor,
+        d_up: &mut Tensor,
+        d_h: &Tensor,
+        gate: &Tensor,
+        up: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        elementwise::swiglu_backward(self, d_gate, d_up, d_h, gate, up, state)
+    }
+
+    fn qk_norm_rope_forward(
+        &self,
+        q: &mut Tensor,
+        k: &mut Tensor,
+        q_rstd: &mut Tensor,
+        k_rstd: &mut Tensor,
+        q_proj: &Tensor,
+        k_proj: &Tensor,
+        weights: QkWeights<'_>,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        rope::forward(
+            self, q, k, q_rstd, k_rstd, q_proj, k_proj, weights, spec, state,
+        )
+    }
+
+    fn qk_norm_rope_backward(
+        &self,
+        d_q_proj: &mut Tensor,
+        d_k_proj: &mut Tensor,
+        d_q: &Tensor,
+        d_k: &Tensor,
+        q_proj: &Tensor,
+        k_proj: &Tensor,
+        q_rstd: &Tensor,
+        k_rstd: &Tensor,
+        weights: QkWeights<'_>,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        rope::backward(
+            self, d_q_proj, d_k_proj, d_q, d_k, q_proj, k_proj, q_rstd, k_rstd, weights, spec,
+            state,
+        )
+    }
+
+    fn attention_forward(
+        &self,
+        o: &mut Tensor,
+        lse: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        attention::forward(self, o, lse, q, k, v, spec, state)
+    }
+
+    fn attention_backward(
+        &self,
+        d_q: &mut Tensor,
+        d_k: &mut Tensor,
+        d_v: &mut Tensor,
+        d_o: &Tensor,
+        o: &Tensor,
+        lse: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        attention::backward(self, d_q, d_k, d_v, d_o, o, lse, q, k, v, spec, state)
+    }
+
+    fn attention_gate_forward(
+        &self,
+        y: &mut Tensor,
+        o: &Tensor,
+        q_proj: &Tensor,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        attention::gate_forward(self, y, o, q_proj, spec, state)
+    }
+
+    fn attention_gate_backward(
+        &self,
+        d_o: &mut Tensor,
+        d_q_proj: &mut Tensor,
+        d_y: &Tensor,
+        o: &Tensor,
+        q_proj: &Tensor,
+        spec: AttentionSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        attention::gate_backward(self, d_o, d_q_proj, d_y, o, q_proj, spec, state)
+    }
+
+    fn causal_conv_forward(
+        &self,
+        u: &mut Tensor,
+        qkvz: &Tensor,
+        weight: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        delta_inputs::conv_forward(self, u, qkvz, weight, spec, state)
+    }
+
+    fn causal_conv_backward(
+        &self,
+        d_qkvz: &mut Tensor,
+        d_u: &Tensor,
+        qkvz: &Tensor,
+        weight: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        delta_inputs::conv_backward(self, d_qkvz, d_u, qkvz, weight, spec, state)
+    }
+
+    fn delta_gates_forward(
+        &self,
+        g: &mut Tensor,
+        beta: &mut Tensor,
+        ba: &Tensor,
+        a_log: &Tensor,
+        dt_bias: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        delta_inputs::gates_forward(self, g, beta, ba, a_log, dt_bias, spec, state)
+    }
+
+    fn delta_gates_backward(
+        &self,
+        d_ba: &mut Tensor,
+        d_g: &Tensor,
+        d_beta: &Tensor,
+        ba: &Tensor,
+        a_log: &Tensor,
+        dt_bias: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        delta_inputs::gates_backward(self, d_ba, d_g, d_beta, ba, a_log, dt_bias, spec, state)
+    }
+
+    fn gated_delta_forward(
+        &self,
+        o: &mut Tensor,
+        u: &Tensor,
+        g: &Tensor,
+        beta: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        gated_delta::forward(self, o, u, g, beta, spec, state)
+    }
+
+    fn gated_delta_backward(
+        &self,
+        d_u: &mut Tensor,
+        d_g: &mut Tensor,
+        d_beta: &mut Tensor,
+        d_o: &Tensor,
+        u: &Tensor,
+        g: &Tensor,
+        beta: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        gated_delta::backward(self, d_u, d_g, d_beta, d_o, u, g, beta, spec, state)
+    }
+
+    fn gated_rms_norm_forward(
+        &self,
+        y: &mut Tensor,
+        rstd: &mut Tensor,
+        o: &Tensor,
+        qkvz: &Tensor,
+        weight: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        norm::gated_forward(self, y, rstd, o, qkvz, weight, spec, state)
+    }
+
+    fn gated_rms_norm_backward(
+        &self,
+        d_o: &mut Tensor,
+        d_qkvz: &mut Tensor,
+        d_y: &Tensor,
+        o: &Tensor,
+        rstd: &Tensor,
+        qkvz: &Tensor,
+        weight: &Tensor,
+        spec: DeltaSpec,
+        state: &StepState,
+    ) -> Result<()> {
+        norm::gated_backward(self, d_o, d_qkvz, d_y, o, rstd, qkvz, weight, spec, state)
+    }
+
+    fn moe_route_forward(
+        &self,
+        routing: &mut Routing,
+        logits: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        route::forward(self, routing, logits, state)
+    }
+
+    fn moe_route_backward(
+        &self,
+        d_logits: &mut Tensor,
+        d_topk_weights: &Tensor,
+        logits: &Tensor,
+        routing: &Routing,
+        state: &StepState,
+    ) -> Result<()> {
+        route::backward(self, d_logits, d_topk_weights, logits, routing, state)
+    }
+
+    fn moe_gate_up_forward(
+        &self,
+        h: &mut Tensor,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        xa: &mut Tensor,
+        x: &Tensor,
+        routing: &Routing,
+        experts: &Experts,
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        moe::gate_up_forward(self, h, gate, up, xa, x, routing, experts, lora, state)
+    }
+
+    fn moe_gate_up_backward(
+        &self,
+        d_x: GradOut<'_>,
+        d_lora: &mut Tensor,
+        d_routed: &mut Tensor,
+        d_h: &Tensor,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        xa: &Tensor,
+        x: &Tensor,
+        routing: &Routing,
+        experts: &Experts,
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        moe::gate_up_backward(
+            self, d_x, d_lora, d_routed, d_h, gate, up, xa, x, routing, experts, lora, state,
+        )
+    }
+
+    fn moe_down_forward(
+        &self,
+        out: &mut Tensor,
+        expert_out: &mut Tensor,
+        xa: &mut Tensor,
+        h: &Tensor,
+        routing: &Routing,
+        experts: &Experts,
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        moe::down_forward(self, out, expert_out, xa, h, routing, experts, lora, state)
+    }
+
+    fn moe_down_backward(
+        &self,
+        d_h: &mut Tensor,
+        d_topk_weights: &mut Tensor,
+        d_lora: &mut Tensor,
+        d_out: &Tensor,
+        h: &Tensor,
+        xa: &Tensor,
+        routing: &Routing,
+        experts: &Experts,
+        lora: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        moe::down_backward(
+            self,
+            d_h,
+            d_topk_weights,
+            d_lora,
+            d_out,
+            h,
+            xa,
+            routing,
+            experts,
+            lora,
+            state,
+        )
+    }
+
+    fn shared_expert_add_forward(
+        &self,
+        out: &mut Tensor,
+        shared: &Tensor,
+        logit: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        elementwise::shared_add_forward(self, out, shared, logit, state)
+    }
+
+    fn shared_expert_add_backward(
+        &self,
+        d_shared: &mut Tensor,
+        d_logit: &mut Tensor,
+        d_out: &Tensor,
+        shared: &Tensor,
+        logit: &Tensor,
+        state: &StepState,
+    ) -> Result<()> {
+        elementwise::shared_add_backward(self, d_shared, d_logit, d_out, shared, logit, state)
+    }
+
+    fn linear_cross_entropy(
+        &self,
+        token_loss: &mut Tensor,
+        d_x: GradOut<'_>,
+        x: &Tensor,
+        head: &Weight,
+        vocab_size: usize,
+        state: &StepState,
+    ) -> Result<()> {
+        cross_entropy::forward_backward(self, token_loss, d_x, x, head, vocab_size, state)
+    }
+
+    fn adamw(
+        &self,
+        params: &mut Tensor,
+        exp_avg: &mut Tensor,
+        exp_avg_sq: &mut Tensor,
+        grads: &mut Tensor,
+        token_loss: &Tensor,
+        step: AdamWStep,
+    ) -> Result<UpdateReport> {
+        adamw::step(params, exp_avg, exp_avg_sq, grads, token_loss, step)
+    }
+}
