@@ -152,8 +152,8 @@ DEVICE void prepare_chunk(const GatedDeltaParams& p, const PrepareShared<kDim>& 
     const unsigned key_head = head / ratio, key_dim = p.num_key_heads * dk;
     const size_t width = 2 * key_dim + p.num_value_heads * dv;
     const bf16* const q = p.u + chunk.start * width + key_head * dk;
-    load_tile<kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
-    load_tile<kChunk, kDim>(s.v, p.u + chunk.start * width + 2 * key_dim + head * dv, width, chunk.size, dv);
+    load_tile<kThreads, kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.v, p.u + chunk.start * width + 2 * key_dim + head * dv, width, chunk.size, dv);
     copy_async_commit();
     chunk_gates(p, s.gamma, s.beta, head, chunk);
     // Lengths of the rows: a thread has half a row.

@@ -98,12 +98,12 @@ template <unsigned kDim>
 DEVICE void load_head(const GatedDeltaParams& p, const Shared<kDim>& s, unsigned head, const Chunk& chunk) {
     const unsigned dk = p.key_head_dim, dv = p.value_head_dim;
     const size_t stride = static_cast<size_t>(p.num_value_heads) * dv, values = chunk_offset(p, head, chunk.start, dv);
-    load_tile<kChunk, kChunk>(s.p, p.inverse + chunk_offset(p, head, chunk.start, kChunk), kChunk, chunk.size, kChunk);
-    load_tile<kChunk, kDim>(s.y, p.d_values + values, dv, chunk.size, dv);
-    load_tile<kChunk, kDim>(s.d_o, p.d_o + chunk.start * stride + head * dv, stride, chunk.size, dv);
-    load_tile<kChunk, kDim>(s.values, p.values + values, dv, chunk.size, dv);
+    load_tile<kThreads, kChunk, kChunk>(s.p, p.inverse + chunk_offset(p, head, chunk.start, kChunk), kChunk, chunk.size, kChunk);
+    load_tile<kThreads, kChunk, kDim>(s.y, p.d_values + values, dv, chunk.size, dv);
+    load_tile<kThreads, kChunk, kDim>(s.d_o, p.d_o + chunk.start * stride + head * dv, stride, chunk.size, dv);
+    load_tile<kThreads, kChunk, kDim>(s.values, p.values + values, dv, chunk.size, dv);
     copy_async_commit();
-    if (!chunk.is_first) load_tile<kDim, kDim>(s.state, p.states + state_offset(p, head, chunk.start), dk, dv, dk);
+    if (!chunk.is_first) load_tile<kThreads, kDim, kDim>(s.state, p.states + state_offset(p, head, chunk.start), dk, dv, dk);
     copy_async_commit();
     load_vector(s.gamma, p.gamma + chunk_offset(p, head, chunk.start, 1), chunk.size);
     for (unsigned i = threadIdx.x; i < kChunk; i += kThreads) {
@@ -265,7 +265,7 @@ DEVICE void head_gradients(const GatedDeltaParams& p, const Shared<kDim>& s, uns
 
     // G, with r: S is no longer needed, d_S takes its place while the products that do not need it go on.
     if (!chunk.is_last) {
-        load_tile<kDim, kDim>(s.state, p.d_states + state_offset(p, head, chunk.start + kChunk), dk, dv, dk);
+        load_tile<kThreads, kDim, kDim>(s.state, p.d_states + state_offset(p, head, chunk.start + kChunk), dk, dv, dk);
     }
     copy_async_commit();
     sum = {};
@@ -318,8 +318,8 @@ DEVICE void chunk_gradients(const GatedDeltaParams& p, const Shared<kDim>& s, un
     const unsigned dk = p.key_head_dim, key_dim = p.num_key_heads * dk, ratio = p.num_value_heads / p.num_key_heads;
     const size_t width = 2 * key_dim + p.num_value_heads * p.value_head_dim, at = chunk.start * width + key_head * dk;
     const Part part;
-    load_tile<kChunk, kDim>(s.q, p.u + at, width, chunk.size, dk);
-    load_tile<kChunk, kDim>(s.k, p.u + at + key_dim, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.q, p.u + at, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.k, p.u + at + key_dim, width, chunk.size, dk);
     load_vector(s.q_rstd, p.q_rstd + chunk_offset(p, key_head, chunk.start, 1), chunk.size);
     load_vector(s.k_rstd, p.k_rstd + chunk_offset(p, key_head, chunk.start, 1), chunk.size);
     for (unsigned i = threadIdx.x; i < kChunk; i += kThreads) s.q_total[i] = s.k_total[i] = 0.0f;

@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr unsigned kThreads = GATED_DELTA_THREADS;
+
 template <unsigned kDim>
 constexpr unsigned tile_bytes(unsigned rows) {
     return rows * (kDim + kTilePadding) * 2;
@@ -48,8 +50,8 @@ DEVICE void load_operands(const GatedDeltaParams& p, const Operands<kDim>& s, un
     const unsigned key_head = head * p.num_key_heads / p.num_value_heads;
     const size_t width = 2 * key_dim + p.num_value_heads * p.value_head_dim;
     const bf16* const q = p.u + chunk.start * width + key_head * dk;
-    load_tile<kChunk, kDim>(s.q, q, width, chunk.size, dk);
-    load_tile<kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.q, q, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
     load_vector(s.gamma, p.gamma + chunk_offset(p, head, chunk.start, 1), chunk.size);
     load_vector(s.q_rstd, p.q_rstd + chunk_offset(p, key_head, chunk.start, 1), chunk.size);
     load_vector(s.k_rstd, p.k_rstd + chunk_offset(p, key_head, chunk.start, 1), chunk.size);
@@ -61,8 +63,8 @@ DEVICE void output_chunk(const GatedDeltaParams& p, const Operands<kDim>& s, bf1
     const unsigned dk = p.key_head_dim, dv = p.value_head_dim, row = threadIdx.x / kWarpSize * 16;
     load_operands(p, s, head, chunk);
     copy_async_commit();
-    load_tile<kChunk, kDim>(s.right, p.values + chunk_offset(p, head, chunk.start, dv), dv, chunk.size, dv);
-    if (!chunk.is_first) load_tile<kDim, kDim>(state, p.states + state_offset(p, head, chunk.start), dk, dv, dk);
+    load_tile<kThreads, kChunk, kDim>(s.right, p.values + chunk_offset(p, head, chunk.start, dv), dv, chunk.size, dv);
+    if (!chunk.is_first) load_tile<kThreads, kDim, kDim>(state, p.states + state_offset(p, head, chunk.start), dk, dv, dk);
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -92,7 +94,7 @@ DEVICE void local_chunk(const GatedDeltaParams& p, const Operands<kDim>& s, unsi
     const unsigned dv = p.value_head_dim, row = threadIdx.x / kWarpSize * 16;
     const size_t stride = static_cast<size_t>(p.num_value_heads) * dv;
     load_operands(p, s, head, chunk);
-    load_tile<kChunk, kDim>(s.right, p.d_o + chunk.start * stride + head * dv, stride, chunk.size, dv);
+    load_tile<kThreads, kChunk, kDim>(s.right, p.d_o + chunk.start * stride + head * dv, stride, chunk.size, dv);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();

@@ -16,6 +16,7 @@
 
 namespace {
 
+constexpr unsigned kThreads = GATED_DELTA_SCAN_THREADS;
 constexpr unsigned kColumns = GATED_DELTA_SCAN_COLUMNS;
 constexpr unsigned kSliceRow = kColumns + kTilePadding;
 constexpr unsigned kStages = 2;
@@ -89,10 +90,10 @@ DEVICE void load_stage(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
     const unsigned dk = p.key_head_dim, dv = p.value_head_dim, key_dim = p.num_key_heads * dk;
     const size_t width = 2 * key_dim + p.num_value_heads * dv, row = chunk.start;
     const bf16* const q = p.u + row * width + place.key_head * dk;
-    load_tile<kChunk, kDim>(s.w, p.w + chunk_offset(p, place.head, chunk.start, dk), dk, chunk.size, dk);
-    load_tile<kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.w, p.w + chunk_offset(p, place.head, chunk.start, dk), dk, chunk.size, dk);
+    load_tile<kThreads, kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
     const bf16* const values = backward ? p.d_values : p.values;
-    load_tile<kChunk, kColumns>(s.values, values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, chunk.size,
+    load_tile<kThreads, kChunk, kColumns>(s.values, values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, chunk.size,
                                 dv - place.column);
     const unsigned own = threadIdx.x;
     const bool valid = own < chunk.size;
@@ -100,8 +101,8 @@ DEVICE void load_stage(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
     copy_async_4(s.gamma + own, p.gamma + chunk_offset(p, place.head, at, 1), valid);
     copy_async_4(s.k_rstd + own, p.k_rstd + chunk_offset(p, place.key_head, at, 1), valid);
     if (backward) {
-        load_tile<kChunk, kDim>(s.q, q, width, chunk.size, dk);
-        load_tile<kChunk, kColumns>(s.d_o, p.d_o + (row * p.num_value_heads + place.head) * dv + place.column,
+        load_tile<kThreads, kChunk, kDim>(s.q, q, width, chunk.size, dk);
+        load_tile<kThreads, kChunk, kColumns>(s.d_o, p.d_o + (row * p.num_value_heads + place.head) * dv + place.column,
                                     static_cast<size_t>(p.num_value_heads) * dv, chunk.size, dv - place.column);
         copy_async_4(s.q_rstd + own, p.q_rstd + chunk_offset(p, place.key_head, at, 1), valid);
     }

@@ -11,9 +11,11 @@
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
+#define UNROLL_SOME _Pragma("unroll 4")
 #define NO_UNROLL _Pragma("unroll 1")
 #else
 #define UNROLL
+#define UNROLL_SOME
 #define NO_UNROLL
 #endif
 
@@ -96,14 +98,18 @@ DEVICE void load_vector(float* values, const float* source, unsigned size) {
     for (unsigned i = threadIdx.x; i < kChunk; i += blockDim.x) values[i] = i < size ? source[i] : 0.0f;
 }
 
-// Rows [0, rows) and columns [0, columns) of a matrix to a tile of kRows x kColumns, zeros elsewhere. Does not wait.
-template <unsigned kRows, unsigned kColumns>
+// Rows [0, rows) and columns [0, columns) of a matrix to a tile of kRows x kColumns, zeros elsewhere. Does not wait. A thread
+// of the block's kThreads keeps its column.
+template <unsigned kThreads, unsigned kRows, unsigned kColumns>
 DEVICE void load_tile(bf16* tile, const bf16* source, size_t stride, unsigned rows, unsigned columns) {
-    constexpr unsigned kParts = kColumns / kVector;
-    for (unsigned i = threadIdx.x; i < kRows * kParts; i += blockDim.x) {
-        const unsigned row = i / kParts, column = i % kParts * kVector;
-        const bool valid = row < rows && column < columns;
-        copy_async_16(tile + row * (kColumns + kTilePadding) + column, source + (valid ? row * stride + column : 0), valid);
+    constexpr unsigned kParts = kColumns / kVector, kStep = kThreads / kParts, kRow = kColumns + kTilePadding;
+    static_assert(kThreads % kParts == 0 && kRows % kStep == 0, "whole rows at a time");
+    const unsigned first = threadIdx.x / kParts, column = threadIdx.x % kParts * kVector;
+    bf16* const target = tile + first * kRow + column;
+    const bf16* const from = source + first * stride + column;
+    UNROLL_SOME for (unsigned row = 0; row < kRows; row += kStep) {
+        const bool valid = first + row < rows && column < columns;
+        copy_async_16(target + row * kRow, valid ? from + row * stride : source, valid);
     }
 }
 

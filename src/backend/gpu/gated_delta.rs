@@ -1,5 +1,6 @@
 //! The gated delta rule: launchers. `docs/kernels/gated_delta.md` has the plan of its kernels.
 
+use super::Gpu;
 use super::check::{self, Rows};
 use super::driver::{Grid, Kernel};
 use super::params::{
@@ -12,7 +13,6 @@ use super::params::{
     GATED_DELTA_THREADS, GatedDeltaParams,
 };
 use super::scratch::Frame;
-use super::Gpu;
 use crate::error::{Error, Result};
 use crate::ops::{DeltaSpec, StepState};
 use crate::tensor::{DType, Tensor};
@@ -109,11 +109,7 @@ fn params(
     check_heads(op, spec)?;
     let Rows { address, capacity } = check::rows(op, u, DType::Bf16, spec.conv_dim())?;
     let gates = [capacity, spec.num_value_heads];
-    let (heads, dk, dv) = (
-        spec.num_value_heads,
-        spec.key_head_dim,
-        spec.value_head_dim,
-    );
+    let (heads, dk, dv) = (spec.num_value_heads, spec.key_head_dim, spec.value_head_dim);
     let key_rows = spec.num_key_heads * capacity * size_of::<f32>();
     Ok(GatedDeltaParams {
         u: address,
@@ -136,7 +132,7 @@ fn params(
 }
 
 fn bf16_bytes(len: usize) -> usize {
-    len * DType::Bf16.num_bytes()
+    len * DType::Bf16.size()
 }
 
 /// A state per head and 64 rows.
