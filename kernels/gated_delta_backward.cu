@@ -118,7 +118,7 @@ DEVICE void solve_values(const GatedDeltaParams& p, const Shared<kDim>& s, unsig
     const unsigned dv = p.value_head_dim, first = part.half * kColumns;
     Strip<kColumns> y{};
     if (part.row < chunk.size) multiply<kChunk>(y, Transposed<kSquare>{s.p}, part.row, Stored<kRow>{s.y}, first);
-    __syncthreads();
+    __syncthreads();  // all have read d_V'
     store_strip<kRow>(s.y + part.row * kRow, y, first);
     const unsigned key_dim = p.num_key_heads * p.key_head_dim;
     const size_t width = 2 * key_dim + p.num_value_heads * dv, at = chunk.start * width + 2 * key_dim + head * dv;
@@ -261,7 +261,7 @@ DEVICE void head_gradients(const GatedDeltaParams& p, const Shared<kDim>& s, uns
     row_dots<kRow>(s.h_dot, sum, s.k, first, part);
     sum.each([&](float& value, unsigned i, unsigned) { value *= s.beta[part.row + i]; });
     d_k.each_with(sum, [](float& value, float sum) { value += sum; });
-    __syncthreads();
+    __syncthreads();  // all have read S
 
     // G, with r: S is no longer needed, d_S takes its place while the products that do not need it go on.
     if (!chunk.is_last) {

@@ -223,7 +223,7 @@ DEVICE void scan(const GatedDeltaParams& p, unsigned char* memory) {
         } else {
             scan_chunk(p, current, place, walk.chunk(), state);
         }
-        __syncthreads();
+        __syncthreads();  // before the stage is filled again
     }
 }
 
