@@ -11,6 +11,52 @@
     reason = "generated"
 )]
 
+pub const ATTENTION_THREADS: u32 = 128;
+pub const ATTENTION_WIDE_THREADS: u32 = 256;
+pub const ATTENTION_QUERIES: u32 = 128;
+pub const ATTENTION_KEYS: u32 = 64;
+pub const ATTENTION_TILE: u32 = 64;
+pub const ATTENTION_PADDING: u32 = 8;
+pub const ATTENTION_DELTA_THREADS: u32 = 256;
+pub const ATTENTION_DELTA_ROWS: u32 = 32;
+pub const ATTENTION_GATE_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_THREADS: u32 = 512;
+pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_MATMUL_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_GROUP: u32 = 64;
+pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
+pub const CROSS_ENTROPY_TILE_ROWS: u32 = 128;
+pub const CROSS_ENTROPY_TILE_COLUMNS: u32 = 256;
+pub const CROSS_ENTROPY_SHARED_BYTES: u32 = 147456;
+pub const EMBEDDING_THREADS: u32 = 256;
+pub const NF4_BLOCKSIZE: u32 = 64;
+pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
+pub const NF4_THREADS: u32 = 256;
+pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const LINEAR_THREADS: u32 = 128;
+pub const LINEAR_MAX_PROJECTIONS: u32 = 4;
+pub const LINEAR_TILE: u32 = 128;
+pub const LINEAR_SMALL_TILE: u32 = 64;
+pub const LINEAR_SMALL_ROWS: u32 = 256;
+pub const LINEAR_SHARED_NF4: u32 = 82944;
+pub const LINEAR_SHARED_DENSE: u32 = 99328;
+pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
+pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
+pub const LORA_THREADS: u32 = 128;
+pub const LORA_ROWS: u32 = 64;
+pub const LORA_RANKS: u32 = 64;
+pub const LORA_GRAD_COLS: u32 = 128;
+pub const LORA_GRAD_TOKENS: u32 = 1024;
+pub const LORA_MAX_JOBS: u32 = 8;
+pub const LORA_GRAD_SHARED: u32 = 57344;
+pub const NF4_QUANTIZE_THREADS: u32 = 256;
+pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
+pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
+pub const QK_NORM_ROPE_THREADS: u32 = 128;
+pub const RMS_NORM_THREADS: u32 = 256;
+pub const SELFTEST_THREADS: u32 = 128;
+pub const SHARED_EXPERT_THREADS: u32 = 256;
+pub const SWIGLU_THREADS: u32 = 256;
 pub const CAUSAL_CONV_THREADS: u32 = 128;
 pub const CAUSAL_CONV_TOKENS: u32 = 32;
 pub const DELTA_GATES_THREADS: u32 = 256;
@@ -34,13 +80,6 @@ pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
 pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
 pub const GATED_RMS_NORM_THREADS: u32 = 256;
 pub const GATED_RMS_NORM_HEADS: u32 = 16;
-pub const NF4_BLOCKSIZE: u32 = 64;
-pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
-pub const NF4_THREADS: u32 = 256;
-pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
-pub const RMS_NORM_THREADS: u32 = 256;
-pub const SELFTEST_THREADS: u32 = 128;
-pub const SWIGLU_THREADS: u32 = 256;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -100,6 +139,1050 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionForwardParams {
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionForwardParams"][::std::mem::size_of::<AttentionForwardParams>() - 72usize];
+    ["Alignment of AttentionForwardParams"]
+        [::std::mem::align_of::<AttentionForwardParams>() - 8usize];
+    ["Offset of field: AttentionForwardParams::o"]
+        [::std::mem::offset_of!(AttentionForwardParams, o) - 0usize];
+    ["Offset of field: AttentionForwardParams::lse"]
+        [::std::mem::offset_of!(AttentionForwardParams, lse) - 8usize];
+    ["Offset of field: AttentionForwardParams::q"]
+        [::std::mem::offset_of!(AttentionForwardParams, q) - 16usize];
+    ["Offset of field: AttentionForwardParams::k"]
+        [::std::mem::offset_of!(AttentionForwardParams, k) - 24usize];
+    ["Offset of field: AttentionForwardParams::v"]
+        [::std::mem::offset_of!(AttentionForwardParams, v) - 32usize];
+    ["Offset of field: AttentionForwardParams::step"]
+        [::std::mem::offset_of!(AttentionForwardParams, step) - 40usize];
+    ["Offset of field: AttentionForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_key_value_heads) - 52usize];
+    ["Offset of field: AttentionForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionForwardParams, head_dim) - 56usize];
+    ["Offset of field: AttentionForwardParams::window"]
+        [::std::mem::offset_of!(AttentionForwardParams, window) - 60usize];
+    ["Offset of field: AttentionForwardParams::scale"]
+        [::std::mem::offset_of!(AttentionForwardParams, scale) - 64usize];
+    ["Offset of field: AttentionForwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionForwardParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionBackwardParams {
+    pub d_q: u64,
+    pub d_k: u64,
+    pub d_v: u64,
+    pub delta: u64,
+    pub d_o: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionBackwardParams"]
+        [::std::mem::size_of::<AttentionBackwardParams>() - 112usize];
+    ["Alignment of AttentionBackwardParams"]
+        [::std::mem::align_of::<AttentionBackwardParams>() - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_q) - 0usize];
+    ["Offset of field: AttentionBackwardParams::d_k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_k) - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_v) - 16usize];
+    ["Offset of field: AttentionBackwardParams::delta"]
+        [::std::mem::offset_of!(AttentionBackwardParams, delta) - 24usize];
+    ["Offset of field: AttentionBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_o) - 32usize];
+    ["Offset of field: AttentionBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, o) - 40usize];
+    ["Offset of field: AttentionBackwardParams::lse"]
+        [::std::mem::offset_of!(AttentionBackwardParams, lse) - 48usize];
+    ["Offset of field: AttentionBackwardParams::q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, q) - 56usize];
+    ["Offset of field: AttentionBackwardParams::k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, k) - 64usize];
+    ["Offset of field: AttentionBackwardParams::v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, v) - 72usize];
+    ["Offset of field: AttentionBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionBackwardParams, step) - 80usize];
+    ["Offset of field: AttentionBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: AttentionBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: AttentionBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionBackwardParams, head_dim) - 96usize];
+    ["Offset of field: AttentionBackwardParams::window"]
+        [::std::mem::offset_of!(AttentionBackwardParams, window) - 100usize];
+    ["Offset of field: AttentionBackwardParams::scale"]
+        [::std::mem::offset_of!(AttentionBackwardParams, scale) - 104usize];
+    ["Offset of field: AttentionBackwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionBackwardParams, reserved) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateForwardParams {
+    pub y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateForwardParams"]
+        [::std::mem::size_of::<AttentionGateForwardParams>() - 40usize];
+    ["Alignment of AttentionGateForwardParams"]
+        [::std::mem::align_of::<AttentionGateForwardParams>() - 8usize];
+    ["Offset of field: AttentionGateForwardParams::y"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, y) - 0usize];
+    ["Offset of field: AttentionGateForwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, o) - 8usize];
+    ["Offset of field: AttentionGateForwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, q_proj) - 16usize];
+    ["Offset of field: AttentionGateForwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, step) - 24usize];
+    ["Offset of field: AttentionGateForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, num_attention_heads) - 32usize];
+    ["Offset of field: AttentionGateForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, head_dim) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateBackwardParams {
+    pub d_o: u64,
+    pub d_q_proj: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateBackwardParams"]
+        [::std::mem::size_of::<AttentionGateBackwardParams>() - 56usize];
+    ["Alignment of AttentionGateBackwardParams"]
+        [::std::mem::align_of::<AttentionGateBackwardParams>() - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_o) - 0usize];
+    ["Offset of field: AttentionGateBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_q_proj) - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_y"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_y) - 16usize];
+    ["Offset of field: AttentionGateBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, o) - 24usize];
+    ["Offset of field: AttentionGateBackwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, q_proj) - 32usize];
+    ["Offset of field: AttentionGateBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, step) - 40usize];
+    ["Offset of field: AttentionGateBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionGateBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, head_dim) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLogitsParams {
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub x: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLogitsParams"]
+        [::std::mem::size_of::<CrossEntropyLogitsParams>() - 72usize];
+    ["Alignment of CrossEntropyLogitsParams"]
+        [::std::mem::align_of::<CrossEntropyLogitsParams>() - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, logits) - 0usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_max) - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_sum) - 16usize];
+    ["Offset of field: CrossEntropyLogitsParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, target_logit) - 24usize];
+    ["Offset of field: CrossEntropyLogitsParams::x"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, x) - 32usize];
+    ["Offset of field: CrossEntropyLogitsParams::head"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, head) - 40usize];
+    ["Offset of field: CrossEntropyLogitsParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, step) - 48usize];
+    ["Offset of field: CrossEntropyLogitsParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, first_target) - 56usize];
+    ["Offset of field: CrossEntropyLogitsParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, num_rows) - 60usize];
+    ["Offset of field: CrossEntropyLogitsParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, hidden_size) - 64usize];
+    ["Offset of field: CrossEntropyLogitsParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, vocab_size) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLossParams {
+    pub token_loss: u64,
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLossParams"][::std::mem::size_of::<CrossEntropyLossParams>() - 56usize];
+    ["Alignment of CrossEntropyLossParams"]
+        [::std::mem::align_of::<CrossEntropyLossParams>() - 8usize];
+    ["Offset of field: CrossEntropyLossParams::token_loss"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, token_loss) - 0usize];
+    ["Offset of field: CrossEntropyLossParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, logits) - 8usize];
+    ["Offset of field: CrossEntropyLossParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_max) - 16usize];
+    ["Offset of field: CrossEntropyLossParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_sum) - 24usize];
+    ["Offset of field: CrossEntropyLossParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, target_logit) - 32usize];
+    ["Offset of field: CrossEntropyLossParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, step) - 40usize];
+    ["Offset of field: CrossEntropyLossParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, first_target) - 48usize];
+    ["Offset of field: CrossEntropyLossParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, vocab_size) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyClearParams {
+    pub d_x: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyClearParams"][::std::mem::size_of::<CrossEntropyClearParams>() - 24usize];
+    ["Alignment of CrossEntropyClearParams"]
+        [::std::mem::align_of::<CrossEntropyClearParams>() - 8usize];
+    ["Offset of field: CrossEntropyClearParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyClearParams::step"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, step) - 8usize];
+    ["Offset of field: CrossEntropyClearParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, hidden_size) - 16usize];
+    ["Offset of field: CrossEntropyClearParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, reserved) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyGradientParams {
+    pub d_x: u64,
+    pub partial: u64,
+    pub d_logits: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+    pub num_multiprocessors: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyGradientParams"]
+        [::std::mem::size_of::<CrossEntropyGradientParams>() - 64usize];
+    ["Alignment of CrossEntropyGradientParams"]
+        [::std::mem::align_of::<CrossEntropyGradientParams>() - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyGradientParams::partial"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, partial) - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_logits"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_logits) - 16usize];
+    ["Offset of field: CrossEntropyGradientParams::head"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, head) - 24usize];
+    ["Offset of field: CrossEntropyGradientParams::step"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, step) - 32usize];
+    ["Offset of field: CrossEntropyGradientParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, first_target) - 40usize];
+    ["Offset of field: CrossEntropyGradientParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_rows) - 44usize];
+    ["Offset of field: CrossEntropyGradientParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, hidden_size) - 48usize];
+    ["Offset of field: CrossEntropyGradientParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, vocab_size) - 52usize];
+    ["Offset of field: CrossEntropyGradientParams::num_multiprocessors"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_multiprocessors) - 56usize];
+    ["Offset of field: CrossEntropyGradientParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct EmbeddingForwardParams {
+    pub out: u64,
+    pub table: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbeddingForwardParams"][::std::mem::size_of::<EmbeddingForwardParams>() - 32usize];
+    ["Alignment of EmbeddingForwardParams"]
+        [::std::mem::align_of::<EmbeddingForwardParams>() - 8usize];
+    ["Offset of field: EmbeddingForwardParams::out"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, out) - 0usize];
+    ["Offset of field: EmbeddingForwardParams::table"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, table) - 8usize];
+    ["Offset of field: EmbeddingForwardParams::step"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, step) - 16usize];
+    ["Offset of field: EmbeddingForwardParams::hidden_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, hidden_size) - 24usize];
+    ["Offset of field: EmbeddingForwardParams::vocab_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, vocab_size) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4Weight {
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraModule {
+    pub a: u64,
+    pub b: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub scaling: f32,
+    pub module: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraModule"][::std::mem::size_of::<LoraModule>() - 40usize];
+    ["Alignment of LoraModule"][::std::mem::align_of::<LoraModule>() - 8usize];
+    ["Offset of field: LoraModule::a"][::std::mem::offset_of!(LoraModule, a) - 0usize];
+    ["Offset of field: LoraModule::b"][::std::mem::offset_of!(LoraModule, b) - 8usize];
+    ["Offset of field: LoraModule::rank"][::std::mem::offset_of!(LoraModule, rank) - 16usize];
+    ["Offset of field: LoraModule::first_column"]
+        [::std::mem::offset_of!(LoraModule, first_column) - 20usize];
+    ["Offset of field: LoraModule::scaling"][::std::mem::offset_of!(LoraModule, scaling) - 24usize];
+    ["Offset of field: LoraModule::module"][::std::mem::offset_of!(LoraModule, module) - 28usize];
+    ["Offset of field: LoraModule::dropout_threshold"]
+        [::std::mem::offset_of!(LoraModule, dropout_threshold) - 32usize];
+    ["Offset of field: LoraModule::keep_scale"]
+        [::std::mem::offset_of!(LoraModule, keep_scale) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearProjection {
+    pub out: u64,
+    pub dense: u64,
+    pub nf4: Nf4Weight,
+    pub bias: u64,
+    pub lora: LoraModule,
+    pub out_features: u32,
+    pub first_tile: u32,
+    pub out_is_f32: u32,
+    pub out_stride: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearProjection"][::std::mem::size_of::<LinearProjection>() - 120usize];
+    ["Alignment of LinearProjection"][::std::mem::align_of::<LinearProjection>() - 8usize];
+    ["Offset of field: LinearProjection::out"]
+        [::std::mem::offset_of!(LinearProjection, out) - 0usize];
+    ["Offset of field: LinearProjection::dense"]
+        [::std::mem::offset_of!(LinearProjection, dense) - 8usize];
+    ["Offset of field: LinearProjection::nf4"]
+        [::std::mem::offset_of!(LinearProjection, nf4) - 16usize];
+    ["Offset of field: LinearProjection::bias"]
+        [::std::mem::offset_of!(LinearProjection, bias) - 56usize];
+    ["Offset of field: LinearProjection::lora"]
+        [::std::mem::offset_of!(LinearProjection, lora) - 64usize];
+    ["Offset of field: LinearProjection::out_features"]
+        [::std::mem::offset_of!(LinearProjection, out_features) - 104usize];
+    ["Offset of field: LinearProjection::first_tile"]
+        [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
+    ["Offset of field: LinearProjection::out_is_f32"]
+        [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
+    ["Offset of field: LinearProjection::out_stride"]
+        [::std::mem::offset_of!(LinearProjection, out_stride) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearAlignParams {
+    pub out: u64,
+    pub d_out: u64,
+    pub step: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_f32: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearAlignParams"][::std::mem::size_of::<LinearAlignParams>() - 40usize];
+    ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
+    ["Offset of field: LinearAlignParams::out"]
+        [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
+    ["Offset of field: LinearAlignParams::step"]
+        [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
+    ["Offset of field: LinearAlignParams::num_cols"]
+        [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
+    ["Offset of field: LinearAlignParams::stride"]
+        [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::reserved"]
+        [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearParams {
+    pub projections: [LinearProjection; 4usize],
+    pub h: u64,
+    pub d_x: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub row_tiles: u32,
+    pub col_tiles: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearParams"][::std::mem::size_of::<LinearParams>() - 560usize];
+    ["Alignment of LinearParams"][::std::mem::align_of::<LinearParams>() - 8usize];
+    ["Offset of field: LinearParams::projections"]
+        [::std::mem::offset_of!(LinearParams, projections) - 0usize];
+    ["Offset of field: LinearParams::h"][::std::mem::offset_of!(LinearParams, h) - 480usize];
+    ["Offset of field: LinearParams::d_x"][::std::mem::offset_of!(LinearParams, d_x) - 488usize];
+    ["Offset of field: LinearParams::x"][::std::mem::offset_of!(LinearParams, x) - 496usize];
+    ["Offset of field: LinearParams::xa"][::std::mem::offset_of!(LinearParams, xa) - 504usize];
+    ["Offset of field: LinearParams::lora"][::std::mem::offset_of!(LinearParams, lora) - 512usize];
+    ["Offset of field: LinearParams::step"][::std::mem::offset_of!(LinearParams, step) - 520usize];
+    ["Offset of field: LinearParams::num_projections"]
+        [::std::mem::offset_of!(LinearParams, num_projections) - 528usize];
+    ["Offset of field: LinearParams::in_features"]
+        [::std::mem::offset_of!(LinearParams, in_features) - 532usize];
+    ["Offset of field: LinearParams::xa_width"]
+        [::std::mem::offset_of!(LinearParams, xa_width) - 536usize];
+    ["Offset of field: LinearParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LinearParams, lora_is_bf16) - 540usize];
+    ["Offset of field: LinearParams::row_tiles"]
+        [::std::mem::offset_of!(LinearParams, row_tiles) - 544usize];
+    ["Offset of field: LinearParams::col_tiles"]
+        [::std::mem::offset_of!(LinearParams, col_tiles) - 548usize];
+    ["Offset of field: LinearParams::accumulate"]
+        [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
+    ["Offset of field: LinearParams::reserved"]
+        [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraProjectParams {
+    pub modules: [LoraModule; 4usize],
+    pub rows: [u64; 4usize],
+    pub num_cols: [u32; 4usize],
+    pub strides: [u32; 4usize],
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraProjectParams"][::std::mem::size_of::<LoraProjectParams>() - 256usize];
+    ["Alignment of LoraProjectParams"][::std::mem::align_of::<LoraProjectParams>() - 8usize];
+    ["Offset of field: LoraProjectParams::modules"]
+        [::std::mem::offset_of!(LoraProjectParams, modules) - 0usize];
+    ["Offset of field: LoraProjectParams::rows"]
+        [::std::mem::offset_of!(LoraProjectParams, rows) - 160usize];
+    ["Offset of field: LoraProjectParams::num_cols"]
+        [::std::mem::offset_of!(LoraProjectParams, num_cols) - 192usize];
+    ["Offset of field: LoraProjectParams::strides"]
+        [::std::mem::offset_of!(LoraProjectParams, strides) - 208usize];
+    ["Offset of field: LoraProjectParams::xa"]
+        [::std::mem::offset_of!(LoraProjectParams, xa) - 224usize];
+    ["Offset of field: LoraProjectParams::lora"]
+        [::std::mem::offset_of!(LoraProjectParams, lora) - 232usize];
+    ["Offset of field: LoraProjectParams::step"]
+        [::std::mem::offset_of!(LoraProjectParams, step) - 240usize];
+    ["Offset of field: LoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(LoraProjectParams, xa_width) - 248usize];
+    ["Offset of field: LoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LoraProjectParams, lora_is_bf16) - 252usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradJob {
+    pub module: LoraModule,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+    pub first_partial: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradJob"][::std::mem::size_of::<LoraGradJob>() - 80usize];
+    ["Alignment of LoraGradJob"][::std::mem::align_of::<LoraGradJob>() - 8usize];
+    ["Offset of field: LoraGradJob::module"][::std::mem::offset_of!(LoraGradJob, module) - 0usize];
+    ["Offset of field: LoraGradJob::narrow"][::std::mem::offset_of!(LoraGradJob, narrow) - 40usize];
+    ["Offset of field: LoraGradJob::wide"][::std::mem::offset_of!(LoraGradJob, wide) - 48usize];
+    ["Offset of field: LoraGradJob::num_cols"]
+        [::std::mem::offset_of!(LoraGradJob, num_cols) - 56usize];
+    ["Offset of field: LoraGradJob::stride"][::std::mem::offset_of!(LoraGradJob, stride) - 60usize];
+    ["Offset of field: LoraGradJob::is_b"][::std::mem::offset_of!(LoraGradJob, is_b) - 64usize];
+    ["Offset of field: LoraGradJob::first_tile"]
+        [::std::mem::offset_of!(LoraGradJob, first_tile) - 68usize];
+    ["Offset of field: LoraGradJob::first_partial"]
+        [::std::mem::offset_of!(LoraGradJob, first_partial) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradsParams {
+    pub jobs: [LoraGradJob; 8usize],
+    pub d_lora: u64,
+    pub partials: u64,
+    pub step: u64,
+    pub num_partials: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradsParams"][::std::mem::size_of::<LoraGradsParams>() - 688usize];
+    ["Alignment of LoraGradsParams"][::std::mem::align_of::<LoraGradsParams>() - 8usize];
+    ["Offset of field: LoraGradsParams::jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, jobs) - 0usize];
+    ["Offset of field: LoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora) - 640usize];
+    ["Offset of field: LoraGradsParams::partials"]
+        [::std::mem::offset_of!(LoraGradsParams, partials) - 648usize];
+    ["Offset of field: LoraGradsParams::step"]
+        [::std::mem::offset_of!(LoraGradsParams, step) - 656usize];
+    ["Offset of field: LoraGradsParams::num_partials"]
+        [::std::mem::offset_of!(LoraGradsParams, num_partials) - 664usize];
+    ["Offset of field: LoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, num_jobs) - 672usize];
+    ["Offset of field: LoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(LoraGradsParams, xa_width) - 676usize];
+    ["Offset of field: LoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora_is_bf16) - 680usize];
+    ["Offset of field: LoraGradsParams::reserved"]
+        [::std::mem::offset_of!(LoraGradsParams, reserved) - 684usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeParams {
+    pub codes: u64,
+    pub absmax: u64,
+    pub is_not_finite: u64,
+    pub weights: u64,
+    pub weights_f32: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeParams"][::std::mem::size_of::<Nf4QuantizeParams>() - 48usize];
+    ["Alignment of Nf4QuantizeParams"][::std::mem::align_of::<Nf4QuantizeParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeParams::is_not_finite"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, is_not_finite) - 16usize];
+    ["Offset of field: Nf4QuantizeParams::weights"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights) - 24usize];
+    ["Offset of field: Nf4QuantizeParams::weights_f32"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights_f32) - 32usize];
+    ["Offset of field: Nf4QuantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, num_elements) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4AbsmaxSumsParams {
+    pub sums: u64,
+    pub absmax: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4AbsmaxSumsParams"][::std::mem::size_of::<Nf4AbsmaxSumsParams>() - 24usize];
+    ["Alignment of Nf4AbsmaxSumsParams"][::std::mem::align_of::<Nf4AbsmaxSumsParams>() - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::sums"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, sums) - 0usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::absmax"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, absmax) - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, num_blocks) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeAbsmaxParams {
+    pub codes: u64,
+    pub nested_absmax: u64,
+    pub absmax: u64,
+    pub sums: u64,
+    pub dynamic_code: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeAbsmaxParams"][::std::mem::size_of::<Nf4QuantizeAbsmaxParams>() - 48usize];
+    ["Alignment of Nf4QuantizeAbsmaxParams"]
+        [::std::mem::align_of::<Nf4QuantizeAbsmaxParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::nested_absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, nested_absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, absmax) - 16usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::sums"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, sums) - 24usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::dynamic_code"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, dynamic_code) - 32usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, num_blocks) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeForwardParams {
+    pub q: u64,
+    pub k: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub eps: f32,
+    pub weight_offset: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeForwardParams"]
+        [::std::mem::size_of::<QkNormRopeForwardParams>() - 120usize];
+    ["Alignment of QkNormRopeForwardParams"]
+        [::std::mem::align_of::<QkNormRopeForwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q) - 0usize];
+    ["Offset of field: QkNormRopeForwardParams::k"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k) - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_rstd) - 16usize];
+    ["Offset of field: QkNormRopeForwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_rstd) - 24usize];
+    ["Offset of field: QkNormRopeForwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeForwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeForwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_weight) - 48usize];
+    ["Offset of field: QkNormRopeForwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_weight) - 56usize];
+    ["Offset of field: QkNormRopeForwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, cos) - 64usize];
+    ["Offset of field: QkNormRopeForwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, sin) - 72usize];
+    ["Offset of field: QkNormRopeForwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, step) - 80usize];
+    ["Offset of field: QkNormRopeForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: QkNormRopeForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: QkNormRopeForwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, head_dim) - 96usize];
+    ["Offset of field: QkNormRopeForwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_head_stride) - 100usize];
+    ["Offset of field: QkNormRopeForwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, rotary_dim) - 104usize];
+    ["Offset of field: QkNormRopeForwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, lanes_per_head) - 108usize];
+    ["Offset of field: QkNormRopeForwardParams::eps"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, eps) - 112usize];
+    ["Offset of field: QkNormRopeForwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, weight_offset) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeBackwardParams {
+    pub d_q_proj: u64,
+    pub d_k_proj: u64,
+    pub d_q: u64,
+    pub d_k: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub weight_offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeBackwardParams"]
+        [::std::mem::size_of::<QkNormRopeBackwardParams>() - 136usize];
+    ["Alignment of QkNormRopeBackwardParams"]
+        [::std::mem::align_of::<QkNormRopeBackwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q_proj) - 0usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k_proj) - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q) - 16usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k) - 24usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_rstd) - 48usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_rstd) - 56usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_weight) - 64usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_weight) - 72usize];
+    ["Offset of field: QkNormRopeBackwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, cos) - 80usize];
+    ["Offset of field: QkNormRopeBackwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, sin) - 88usize];
+    ["Offset of field: QkNormRopeBackwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, step) - 96usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_attention_heads) - 104usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_key_value_heads) - 108usize];
+    ["Offset of field: QkNormRopeBackwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, head_dim) - 112usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_head_stride) - 116usize];
+    ["Offset of field: QkNormRopeBackwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, rotary_dim) - 120usize];
+    ["Offset of field: QkNormRopeBackwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, lanes_per_head) - 124usize];
+    ["Offset of field: QkNormRopeBackwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, weight_offset) - 128usize];
+    ["Offset of field: QkNormRopeBackwardParams::reserved"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, reserved) - 132usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RmsNormForwardParams {
+    pub out: u64,
+    pub rstd: u64,
+    pub sum: u64,
+    pub x: u64,
+    pub delta: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub eps: f32,
+    pub weight_offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormForwardParams"][::std::mem::size_of::<RmsNormForwardParams>() - 72usize];
+    ["Alignment of RmsNormForwardParams"][::std::mem::align_of::<RmsNormForwardParams>() - 8usize];
+    ["Offset of field: RmsNormForwardParams::out"]
+        [::std::mem::offset_of!(RmsNormForwardParams, out) - 0usize];
+    ["Offset of field: RmsNormForwardParams::rstd"]
+        [::std::mem::offset_of!(RmsNormForwardParams, rstd) - 8usize];
+    ["Offset of field: RmsNormForwardParams::sum"]
+        [::std::mem::offset_of!(RmsNormForwardParams, sum) - 16usize];
+    ["Offset of field: RmsNormForwardParams::x"]
+        [::std::mem::offset_of!(RmsNormForwardParams, x) - 24usize];
+    ["Offset of field: RmsNormForwardParams::delta"]
+        [::std::mem::offset_of!(RmsNormForwardParams, delta) - 32usize];
+    ["Offset of field: RmsNormForwardParams::weight"]
+        [::std::mem::offset_of!(RmsNormForwardParams, weight) - 40usize];
+    ["Offset of field: RmsNormForwardParams::step"]
+        [::std::mem::offset_of!(RmsNormForwardParams, step) - 48usize];
+    ["Offset of field: RmsNormForwardParams::hidden_size"]
+        [::std::mem::offset_of!(RmsNormForwardParams, hidden_size) - 56usize];
+    ["Offset of field: RmsNormForwardParams::eps"]
+        [::std::mem::offset_of!(RmsNormForwardParams, eps) - 60usize];
+    ["Offset of field: RmsNormForwardParams::weight_offset"]
+        [::std::mem::offset_of!(RmsNormForwardParams, weight_offset) - 64usize];
+    ["Offset of field: RmsNormForwardParams::reserved"]
+        [::std::mem::offset_of!(RmsNormForwardParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RmsNormBackwardParams {
+    pub d_x: u64,
+    pub d_out: u64,
+    pub x: u64,
+    pub rstd: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub weight_offset: f32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormBackwardParams"][::std::mem::size_of::<RmsNormBackwardParams>() - 64usize];
+    ["Alignment of RmsNormBackwardParams"]
+        [::std::mem::align_of::<RmsNormBackwardParams>() - 8usize];
+    ["Offset of field: RmsNormBackwardParams::d_x"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, d_x) - 0usize];
+    ["Offset of field: RmsNormBackwardParams::d_out"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, d_out) - 8usize];
+    ["Offset of field: RmsNormBackwardParams::x"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, x) - 16usize];
+    ["Offset of field: RmsNormBackwardParams::rstd"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, rstd) - 24usize];
+    ["Offset of field: RmsNormBackwardParams::weight"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, weight) - 32usize];
+    ["Offset of field: RmsNormBackwardParams::step"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, step) - 40usize];
+    ["Offset of field: RmsNormBackwardParams::hidden_size"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, hidden_size) - 48usize];
+    ["Offset of field: RmsNormBackwardParams::weight_offset"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, weight_offset) - 52usize];
+    ["Offset of field: RmsNormBackwardParams::accumulate"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, accumulate) - 56usize];
+    ["Offset of field: RmsNormBackwardParams::reserved"]
+        [::std::mem::offset_of!(RmsNormBackwardParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SelftestParams {
+    pub out: u64,
+    pub a: u64,
+    pub b: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub depth: u32,
+    pub fault: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SelftestParams"][::std::mem::size_of::<SelftestParams>() - 40usize];
+    ["Alignment of SelftestParams"][::std::mem::align_of::<SelftestParams>() - 8usize];
+    ["Offset of field: SelftestParams::out"][::std::mem::offset_of!(SelftestParams, out) - 0usize];
+    ["Offset of field: SelftestParams::a"][::std::mem::offset_of!(SelftestParams, a) - 8usize];
+    ["Offset of field: SelftestParams::b"][::std::mem::offset_of!(SelftestParams, b) - 16usize];
+    ["Offset of field: SelftestParams::rows"]
+        [::std::mem::offset_of!(SelftestParams, rows) - 24usize];
+    ["Offset of field: SelftestParams::cols"]
+        [::std::mem::offset_of!(SelftestParams, cols) - 28usize];
+    ["Offset of field: SelftestParams::depth"]
+        [::std::mem::offset_of!(SelftestParams, depth) - 32usize];
+    ["Offset of field: SelftestParams::fault"]
+        [::std::mem::offset_of!(SelftestParams, fault) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddForwardParams {
+    pub out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddForwardParams"]
+        [::std::mem::size_of::<SharedExpertAddForwardParams>() - 40usize];
+    ["Alignment of SharedExpertAddForwardParams"]
+        [::std::mem::align_of::<SharedExpertAddForwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::out"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, out) - 0usize];
+    ["Offset of field: SharedExpertAddForwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, shared) - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, logit) - 16usize];
+    ["Offset of field: SharedExpertAddForwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, step) - 24usize];
+    ["Offset of field: SharedExpertAddForwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, hidden_size) - 32usize];
+    ["Offset of field: SharedExpertAddForwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddBackwardParams {
+    pub d_shared: u64,
+    pub d_logit: u64,
+    pub d_out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddBackwardParams"]
+        [::std::mem::size_of::<SharedExpertAddBackwardParams>() - 56usize];
+    ["Alignment of SharedExpertAddBackwardParams"]
+        [::std::mem::align_of::<SharedExpertAddBackwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_shared) - 0usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_logit) - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_out"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_out) - 16usize];
+    ["Offset of field: SharedExpertAddBackwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, shared) - 24usize];
+    ["Offset of field: SharedExpertAddBackwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, logit) - 32usize];
+    ["Offset of field: SharedExpertAddBackwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, step) - 40usize];
+    ["Offset of field: SharedExpertAddBackwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, hidden_size) - 48usize];
+    ["Offset of field: SharedExpertAddBackwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SwigluBackwardParams {
+    pub d_gate: u64,
+    pub d_up: u64,
+    pub d_h: u64,
+    pub gate: u64,
+    pub up: u64,
+    pub step: u64,
+    pub width: u32,
+    pub rows_per_token: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SwigluBackwardParams"][::std::mem::size_of::<SwigluBackwardParams>() - 56usize];
+    ["Alignment of SwigluBackwardParams"][::std::mem::align_of::<SwigluBackwardParams>() - 8usize];
+    ["Offset of field: SwigluBackwardParams::d_gate"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_gate) - 0usize];
+    ["Offset of field: SwigluBackwardParams::d_up"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_up) - 8usize];
+    ["Offset of field: SwigluBackwardParams::d_h"]
+        [::std::mem::offset_of!(SwigluBackwardParams, d_h) - 16usize];
+    ["Offset of field: SwigluBackwardParams::gate"]
+        [::std::mem::offset_of!(SwigluBackwardParams, gate) - 24usize];
+    ["Offset of field: SwigluBackwardParams::up"]
+        [::std::mem::offset_of!(SwigluBackwardParams, up) - 32usize];
+    ["Offset of field: SwigluBackwardParams::step"]
+        [::std::mem::offset_of!(SwigluBackwardParams, step) - 40usize];
+    ["Offset of field: SwigluBackwardParams::width"]
+        [::std::mem::offset_of!(SwigluBackwardParams, width) - 48usize];
+    ["Offset of field: SwigluBackwardParams::rows_per_token"]
+        [::std::mem::offset_of!(SwigluBackwardParams, rows_per_token) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -316,182 +1399,4 @@ const _: () = {
         [::std::mem::offset_of!(GatedRmsNormParams, eps) - 88usize];
     ["Offset of field: GatedRmsNormParams::reserved"]
         [::std::mem::offset_of!(GatedRmsNormParams, reserved) - 92usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
-    pub codes: u64,
-    pub absmax: u64,
-    pub nested_codes: u64,
-    pub nested_absmax: u64,
-    pub dynamic_code: u64,
-    pub num_elements: u64,
-    pub offset: f32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RmsNormForwardParams {
-    pub out: u64,
-    pub rstd: u64,
-    pub sum: u64,
-    pub x: u64,
-    pub delta: u64,
-    pub weight: u64,
-    pub step: u64,
-    pub hidden_size: u32,
-    pub eps: f32,
-    pub weight_offset: f32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RmsNormForwardParams"][::std::mem::size_of::<RmsNormForwardParams>() - 72usize];
-    ["Alignment of RmsNormForwardParams"][::std::mem::align_of::<RmsNormForwardParams>() - 8usize];
-    ["Offset of field: RmsNormForwardParams::out"]
-        [::std::mem::offset_of!(RmsNormForwardParams, out) - 0usize];
-    ["Offset of field: RmsNormForwardParams::rstd"]
-        [::std::mem::offset_of!(RmsNormForwardParams, rstd) - 8usize];
-    ["Offset of field: RmsNormForwardParams::sum"]
-        [::std::mem::offset_of!(RmsNormForwardParams, sum) - 16usize];
-    ["Offset of field: RmsNormForwardParams::x"]
-        [::std::mem::offset_of!(RmsNormForwardParams, x) - 24usize];
-    ["Offset of field: RmsNormForwardParams::delta"]
-        [::std::mem::offset_of!(RmsNormForwardParams, delta) - 32usize];
-    ["Offset of field: RmsNormForwardParams::weight"]
-        [::std::mem::offset_of!(RmsNormForwardParams, weight) - 40usize];
-    ["Offset of field: RmsNormForwardParams::step"]
-        [::std::mem::offset_of!(RmsNormForwardParams, step) - 48usize];
-    ["Offset of field: RmsNormForwardParams::hidden_size"]
-        [::std::mem::offset_of!(RmsNormForwardParams, hidden_size) - 56usize];
-    ["Offset of field: RmsNormForwardParams::eps"]
-        [::std::mem::offset_of!(RmsNormForwardParams, eps) - 60usize];
-    ["Offset of field: RmsNormForwardParams::weight_offset"]
-        [::std::mem::offset_of!(RmsNormForwardParams, weight_offset) - 64usize];
-    ["Offset of field: RmsNormForwardParams::reserved"]
-        [::std::mem::offset_of!(RmsNormForwardParams, reserved) - 68usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RmsNormBackwardParams {
-    pub d_x: u64,
-    pub d_out: u64,
-    pub x: u64,
-    pub rstd: u64,
-    pub weight: u64,
-    pub step: u64,
-    pub hidden_size: u32,
-    pub weight_offset: f32,
-    pub accumulate: u32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RmsNormBackwardParams"][::std::mem::size_of::<RmsNormBackwardParams>() - 64usize];
-    ["Alignment of RmsNormBackwardParams"]
-        [::std::mem::align_of::<RmsNormBackwardParams>() - 8usize];
-    ["Offset of field: RmsNormBackwardParams::d_x"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, d_x) - 0usize];
-    ["Offset of field: RmsNormBackwardParams::d_out"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, d_out) - 8usize];
-    ["Offset of field: RmsNormBackwardParams::x"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, x) - 16usize];
-    ["Offset of field: RmsNormBackwardParams::rstd"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, rstd) - 24usize];
-    ["Offset of field: RmsNormBackwardParams::weight"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, weight) - 32usize];
-    ["Offset of field: RmsNormBackwardParams::step"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, step) - 40usize];
-    ["Offset of field: RmsNormBackwardParams::hidden_size"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, hidden_size) - 48usize];
-    ["Offset of field: RmsNormBackwardParams::weight_offset"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, weight_offset) - 52usize];
-    ["Offset of field: RmsNormBackwardParams::accumulate"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, accumulate) - 56usize];
-    ["Offset of field: RmsNormBackwardParams::reserved"]
-        [::std::mem::offset_of!(RmsNormBackwardParams, reserved) - 60usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct SelftestParams {
-    pub out: u64,
-    pub a: u64,
-    pub b: u64,
-    pub rows: u32,
-    pub cols: u32,
-    pub depth: u32,
-    pub fault: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of SelftestParams"][::std::mem::size_of::<SelftestParams>() - 40usize];
-    ["Alignment of SelftestParams"][::std::mem::align_of::<SelftestParams>() - 8usize];
-    ["Offset of field: SelftestParams::out"][::std::mem::offset_of!(SelftestParams, out) - 0usize];
-    ["Offset of field: SelftestParams::a"][::std::mem::offset_of!(SelftestParams, a) - 8usize];
-    ["Offset of field: SelftestParams::b"][::std::mem::offset_of!(SelftestParams, b) - 16usize];
-    ["Offset of field: SelftestParams::rows"]
-        [::std::mem::offset_of!(SelftestParams, rows) - 24usize];
-    ["Offset of field: SelftestParams::cols"]
-        [::std::mem::offset_of!(SelftestParams, cols) - 28usize];
-    ["Offset of field: SelftestParams::depth"]
-        [::std::mem::offset_of!(SelftestParams, depth) - 32usize];
-    ["Offset of field: SelftestParams::fault"]
-        [::std::mem::offset_of!(SelftestParams, fault) - 36usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct SwigluBackwardParams {
-    pub d_gate: u64,
-    pub d_up: u64,
-    pub d_h: u64,
-    pub gate: u64,
-    pub up: u64,
-    pub step: u64,
-    pub width: u32,
-    pub rows_per_token: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of SwigluBackwardParams"][::std::mem::size_of::<SwigluBackwardParams>() - 56usize];
-    ["Alignment of SwigluBackwardParams"][::std::mem::align_of::<SwigluBackwardParams>() - 8usize];
-    ["Offset of field: SwigluBackwardParams::d_gate"]
-        [::std::mem::offset_of!(SwigluBackwardParams, d_gate) - 0usize];
-    ["Offset of field: SwigluBackwardParams::d_up"]
-        [::std::mem::offset_of!(SwigluBackwardParams, d_up) - 8usize];
-    ["Offset of field: SwigluBackwardParams::d_h"]
-        [::std::mem::offset_of!(SwigluBackwardParams, d_h) - 16usize];
-    ["Offset of field: SwigluBackwardParams::gate"]
-        [::std::mem::offset_of!(SwigluBackwardParams, gate) - 24usize];
-    ["Offset of field: SwigluBackwardParams::up"]
-        [::std::mem::offset_of!(SwigluBackwardParams, up) - 32usize];
-    ["Offset of field: SwigluBackwardParams::step"]
-        [::std::mem::offset_of!(SwigluBackwardParams, step) - 40usize];
-    ["Offset of field: SwigluBackwardParams::width"]
-        [::std::mem::offset_of!(SwigluBackwardParams, width) - 48usize];
-    ["Offset of field: SwigluBackwardParams::rows_per_token"]
-        [::std::mem::offset_of!(SwigluBackwardParams, rows_per_token) - 52usize];
 };
