@@ -25,6 +25,8 @@ pub const ATTENTION_PADDING: u32 = 8;
 pub const ATTENTION_DELTA_THREADS: u32 = 256;
 pub const ATTENTION_DELTA_ROWS: u32 = 32;
 pub const ATTENTION_GATE_THREADS: u32 = 256;
+pub const CAUSAL_CONV_THREADS: u32 = 128;
+pub const CAUSAL_CONV_TOKENS: u32 = 32;
 pub const CROSS_ENTROPY_THREADS: u32 = 512;
 pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_GROUP: u32 = 64;
@@ -37,7 +39,28 @@ pub const CROSS_ENTROPY_SMALL_THREADS: u32 = 128;
 pub const CROSS_ENTROPY_SMALL_SHARED: u32 = 98304;
 pub const CROSS_ENTROPY_DEPTH: u32 = 64;
 pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
+pub const DELTA_GATES_THREADS: u32 = 256;
 pub const EMBEDDING_THREADS: u32 = 256;
+pub const GATED_DELTA_CHUNK: u32 = 64;
+pub const GATED_DELTA_THREADS: u32 = 128;
+pub const GATED_DELTA_SCAN_THREADS: u32 = 64;
+pub const GATED_DELTA_SCAN_COLUMNS: u32 = 32;
+pub const GATED_DELTA_SCAN_LANES: u32 = 8;
+pub const GATED_DELTA_GRADIENT_THREADS: u32 = 256;
+pub const GATED_DELTA_PREPARE_SHARED_64: u32 = 55296;
+pub const GATED_DELTA_PREPARE_SHARED_128: u32 = 71680;
+pub const GATED_DELTA_SCAN_SHARED_64: u32 = 48128;
+pub const GATED_DELTA_SCAN_SHARED_128: u32 = 80896;
+pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 37632;
+pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 87808;
+pub const GATED_DELTA_LOCAL_SHARED_64: u32 = 28416;
+pub const GATED_DELTA_LOCAL_SHARED_128: u32 = 52992;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_64: u32 = 77312;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_128: u32 = 126464;
+pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
+pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
+pub const GATED_RMS_NORM_THREADS: u32 = 256;
+pub const GATED_RMS_NORM_HEADS: u32 = 16;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -87,29 +110,6 @@ pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SHARED_EXPERT_THREADS: u32 = 256;
 pub const SWIGLU_THREADS: u32 = 256;
-pub const CAUSAL_CONV_THREADS: u32 = 128;
-pub const CAUSAL_CONV_TOKENS: u32 = 32;
-pub const DELTA_GATES_THREADS: u32 = 256;
-pub const GATED_DELTA_CHUNK: u32 = 64;
-pub const GATED_DELTA_THREADS: u32 = 128;
-pub const GATED_DELTA_SCAN_THREADS: u32 = 64;
-pub const GATED_DELTA_SCAN_COLUMNS: u32 = 32;
-pub const GATED_DELTA_SCAN_LANES: u32 = 8;
-pub const GATED_DELTA_GRADIENT_THREADS: u32 = 256;
-pub const GATED_DELTA_PREPARE_SHARED_64: u32 = 55296;
-pub const GATED_DELTA_PREPARE_SHARED_128: u32 = 71680;
-pub const GATED_DELTA_SCAN_SHARED_64: u32 = 48128;
-pub const GATED_DELTA_SCAN_SHARED_128: u32 = 80896;
-pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 37632;
-pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 87808;
-pub const GATED_DELTA_LOCAL_SHARED_64: u32 = 28416;
-pub const GATED_DELTA_LOCAL_SHARED_128: u32 = 52992;
-pub const GATED_DELTA_SCAN_BACKWARD_SHARED_64: u32 = 77312;
-pub const GATED_DELTA_SCAN_BACKWARD_SHARED_128: u32 = 126464;
-pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
-pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
-pub const GATED_RMS_NORM_THREADS: u32 = 256;
-pub const GATED_RMS_NORM_HEADS: u32 = 16;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct AdamWStepDevice {
@@ -533,6 +533,50 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CausalConvParams {
+    pub u: u64,
+    pub d_qkvz: u64,
+    pub d_u: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub taps: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CausalConvParams"][::std::mem::size_of::<CausalConvParams>() - 72usize];
+    ["Alignment of CausalConvParams"][::std::mem::align_of::<CausalConvParams>() - 8usize];
+    ["Offset of field: CausalConvParams::u"][::std::mem::offset_of!(CausalConvParams, u) - 0usize];
+    ["Offset of field: CausalConvParams::d_qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, d_qkvz) - 8usize];
+    ["Offset of field: CausalConvParams::d_u"]
+        [::std::mem::offset_of!(CausalConvParams, d_u) - 16usize];
+    ["Offset of field: CausalConvParams::qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, qkvz) - 24usize];
+    ["Offset of field: CausalConvParams::weight"]
+        [::std::mem::offset_of!(CausalConvParams, weight) - 32usize];
+    ["Offset of field: CausalConvParams::step"]
+        [::std::mem::offset_of!(CausalConvParams, step) - 40usize];
+    ["Offset of field: CausalConvParams::num_key_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_key_heads) - 48usize];
+    ["Offset of field: CausalConvParams::num_value_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_value_heads) - 52usize];
+    ["Offset of field: CausalConvParams::key_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, key_head_dim) - 56usize];
+    ["Offset of field: CausalConvParams::value_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, value_head_dim) - 60usize];
+    ["Offset of field: CausalConvParams::taps"]
+        [::std::mem::offset_of!(CausalConvParams, taps) - 64usize];
+    ["Offset of field: CausalConvParams::reserved"]
+        [::std::mem::offset_of!(CausalConvParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct CrossEntropyLogitsParams {
     pub logits: u64,
     pub group_max: u64,
@@ -677,6 +721,47 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct DeltaGatesParams {
+    pub g: u64,
+    pub beta: u64,
+    pub d_ba: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub ba: u64,
+    pub a_log: u64,
+    pub dt_bias: u64,
+    pub step: u64,
+    pub num_value_heads: u32,
+    pub ratio: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DeltaGatesParams"][::std::mem::size_of::<DeltaGatesParams>() - 80usize];
+    ["Alignment of DeltaGatesParams"][::std::mem::align_of::<DeltaGatesParams>() - 8usize];
+    ["Offset of field: DeltaGatesParams::g"][::std::mem::offset_of!(DeltaGatesParams, g) - 0usize];
+    ["Offset of field: DeltaGatesParams::beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, beta) - 8usize];
+    ["Offset of field: DeltaGatesParams::d_ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_ba) - 16usize];
+    ["Offset of field: DeltaGatesParams::d_g"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_g) - 24usize];
+    ["Offset of field: DeltaGatesParams::d_beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_beta) - 32usize];
+    ["Offset of field: DeltaGatesParams::ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, ba) - 40usize];
+    ["Offset of field: DeltaGatesParams::a_log"]
+        [::std::mem::offset_of!(DeltaGatesParams, a_log) - 48usize];
+    ["Offset of field: DeltaGatesParams::dt_bias"]
+        [::std::mem::offset_of!(DeltaGatesParams, dt_bias) - 56usize];
+    ["Offset of field: DeltaGatesParams::step"]
+        [::std::mem::offset_of!(DeltaGatesParams, step) - 64usize];
+    ["Offset of field: DeltaGatesParams::num_value_heads"]
+        [::std::mem::offset_of!(DeltaGatesParams, num_value_heads) - 72usize];
+    ["Offset of field: DeltaGatesParams::ratio"]
+        [::std::mem::offset_of!(DeltaGatesParams, ratio) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct EmbeddingForwardParams {
     pub out: u64,
     pub table: u64,
@@ -699,6 +784,137 @@ const _: () = {
         [::std::mem::offset_of!(EmbeddingForwardParams, hidden_size) - 24usize];
     ["Offset of field: EmbeddingForwardParams::vocab_size"]
         [::std::mem::offset_of!(EmbeddingForwardParams, vocab_size) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedDeltaParams {
+    pub o: u64,
+    pub u: u64,
+    pub g: u64,
+    pub beta: u64,
+    pub d_o: u64,
+    pub d_u: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub gamma: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub w: u64,
+    pub values: u64,
+    pub states: u64,
+    pub inverse: u64,
+    pub d_values: u64,
+    pub d_states: u64,
+    pub step: u64,
+    pub capacity: u32,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 168usize];
+    ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
+    ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
+    ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
+    ["Offset of field: GatedDeltaParams::g"][::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
+    ["Offset of field: GatedDeltaParams::beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, beta) - 24usize];
+    ["Offset of field: GatedDeltaParams::d_o"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_o) - 32usize];
+    ["Offset of field: GatedDeltaParams::d_u"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_u) - 40usize];
+    ["Offset of field: GatedDeltaParams::d_g"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_g) - 48usize];
+    ["Offset of field: GatedDeltaParams::d_beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_beta) - 56usize];
+    ["Offset of field: GatedDeltaParams::gamma"]
+        [::std::mem::offset_of!(GatedDeltaParams, gamma) - 64usize];
+    ["Offset of field: GatedDeltaParams::q_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, q_rstd) - 72usize];
+    ["Offset of field: GatedDeltaParams::k_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
+    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 88usize];
+    ["Offset of field: GatedDeltaParams::values"]
+        [::std::mem::offset_of!(GatedDeltaParams, values) - 96usize];
+    ["Offset of field: GatedDeltaParams::states"]
+        [::std::mem::offset_of!(GatedDeltaParams, states) - 104usize];
+    ["Offset of field: GatedDeltaParams::inverse"]
+        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 112usize];
+    ["Offset of field: GatedDeltaParams::d_values"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 120usize];
+    ["Offset of field: GatedDeltaParams::d_states"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 128usize];
+    ["Offset of field: GatedDeltaParams::step"]
+        [::std::mem::offset_of!(GatedDeltaParams, step) - 136usize];
+    ["Offset of field: GatedDeltaParams::capacity"]
+        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 144usize];
+    ["Offset of field: GatedDeltaParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 148usize];
+    ["Offset of field: GatedDeltaParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 152usize];
+    ["Offset of field: GatedDeltaParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 156usize];
+    ["Offset of field: GatedDeltaParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 160usize];
+    ["Offset of field: GatedDeltaParams::reserved"]
+        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 164usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedRmsNormParams {
+    pub y: u64,
+    pub rstd: u64,
+    pub d_o: u64,
+    pub d_qkvz: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub eps: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedRmsNormParams"][::std::mem::size_of::<GatedRmsNormParams>() - 96usize];
+    ["Alignment of GatedRmsNormParams"][::std::mem::align_of::<GatedRmsNormParams>() - 8usize];
+    ["Offset of field: GatedRmsNormParams::y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, y) - 0usize];
+    ["Offset of field: GatedRmsNormParams::rstd"]
+        [::std::mem::offset_of!(GatedRmsNormParams, rstd) - 8usize];
+    ["Offset of field: GatedRmsNormParams::d_o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_o) - 16usize];
+    ["Offset of field: GatedRmsNormParams::d_qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_qkvz) - 24usize];
+    ["Offset of field: GatedRmsNormParams::d_y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_y) - 32usize];
+    ["Offset of field: GatedRmsNormParams::o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, o) - 40usize];
+    ["Offset of field: GatedRmsNormParams::qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, qkvz) - 48usize];
+    ["Offset of field: GatedRmsNormParams::weight"]
+        [::std::mem::offset_of!(GatedRmsNormParams, weight) - 56usize];
+    ["Offset of field: GatedRmsNormParams::step"]
+        [::std::mem::offset_of!(GatedRmsNormParams, step) - 64usize];
+    ["Offset of field: GatedRmsNormParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_key_heads) - 72usize];
+    ["Offset of field: GatedRmsNormParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_value_heads) - 76usize];
+    ["Offset of field: GatedRmsNormParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, key_head_dim) - 80usize];
+    ["Offset of field: GatedRmsNormParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, value_head_dim) - 84usize];
+    ["Offset of field: GatedRmsNormParams::eps"]
+        [::std::mem::offset_of!(GatedRmsNormParams, eps) - 88usize];
+    ["Offset of field: GatedRmsNormParams::reserved"]
+        [::std::mem::offset_of!(GatedRmsNormParams, reserved) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -1867,220 +2083,4 @@ const _: () = {
         [::std::mem::offset_of!(SwigluBackwardParams, width) - 48usize];
     ["Offset of field: SwigluBackwardParams::rows_per_token"]
         [::std::mem::offset_of!(SwigluBackwardParams, rows_per_token) - 52usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct CausalConvParams {
-    pub u: u64,
-    pub d_qkvz: u64,
-    pub d_u: u64,
-    pub qkvz: u64,
-    pub weight: u64,
-    pub step: u64,
-    pub num_key_heads: u32,
-    pub num_value_heads: u32,
-    pub key_head_dim: u32,
-    pub value_head_dim: u32,
-    pub taps: u32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of CausalConvParams"][::std::mem::size_of::<CausalConvParams>() - 72usize];
-    ["Alignment of CausalConvParams"][::std::mem::align_of::<CausalConvParams>() - 8usize];
-    ["Offset of field: CausalConvParams::u"][::std::mem::offset_of!(CausalConvParams, u) - 0usize];
-    ["Offset of field: CausalConvParams::d_qkvz"]
-        [::std::mem::offset_of!(CausalConvParams, d_qkvz) - 8usize];
-    ["Offset of field: CausalConvParams::d_u"]
-        [::std::mem::offset_of!(CausalConvParams, d_u) - 16usize];
-    ["Offset of field: CausalConvParams::qkvz"]
-        [::std::mem::offset_of!(CausalConvParams, qkvz) - 24usize];
-    ["Offset of field: CausalConvParams::weight"]
-        [::std::mem::offset_of!(CausalConvParams, weight) - 32usize];
-    ["Offset of field: CausalConvParams::step"]
-        [::std::mem::offset_of!(CausalConvParams, step) - 40usize];
-    ["Offset of field: CausalConvParams::num_key_heads"]
-        [::std::mem::offset_of!(CausalConvParams, num_key_heads) - 48usize];
-    ["Offset of field: CausalConvParams::num_value_heads"]
-        [::std::mem::offset_of!(CausalConvParams, num_value_heads) - 52usize];
-    ["Offset of field: CausalConvParams::key_head_dim"]
-        [::std::mem::offset_of!(CausalConvParams, key_head_dim) - 56usize];
-    ["Offset of field: CausalConvParams::value_head_dim"]
-        [::std::mem::offset_of!(CausalConvParams, value_head_dim) - 60usize];
-    ["Offset of field: CausalConvParams::taps"]
-        [::std::mem::offset_of!(CausalConvParams, taps) - 64usize];
-    ["Offset of field: CausalConvParams::reserved"]
-        [::std::mem::offset_of!(CausalConvParams, reserved) - 68usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct DeltaGatesParams {
-    pub g: u64,
-    pub beta: u64,
-    pub d_ba: u64,
-    pub d_g: u64,
-    pub d_beta: u64,
-    pub ba: u64,
-    pub a_log: u64,
-    pub dt_bias: u64,
-    pub step: u64,
-    pub num_value_heads: u32,
-    pub ratio: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of DeltaGatesParams"][::std::mem::size_of::<DeltaGatesParams>() - 80usize];
-    ["Alignment of DeltaGatesParams"][::std::mem::align_of::<DeltaGatesParams>() - 8usize];
-    ["Offset of field: DeltaGatesParams::g"][::std::mem::offset_of!(DeltaGatesParams, g) - 0usize];
-    ["Offset of field: DeltaGatesParams::beta"]
-        [::std::mem::offset_of!(DeltaGatesParams, beta) - 8usize];
-    ["Offset of field: DeltaGatesParams::d_ba"]
-        [::std::mem::offset_of!(DeltaGatesParams, d_ba) - 16usize];
-    ["Offset of field: DeltaGatesParams::d_g"]
-        [::std::mem::offset_of!(DeltaGatesParams, d_g) - 24usize];
-    ["Offset of field: DeltaGatesParams::d_beta"]
-        [::std::mem::offset_of!(DeltaGatesParams, d_beta) - 32usize];
-    ["Offset of field: DeltaGatesParams::ba"]
-        [::std::mem::offset_of!(DeltaGatesParams, ba) - 40usize];
-    ["Offset of field: DeltaGatesParams::a_log"]
-        [::std::mem::offset_of!(DeltaGatesParams, a_log) - 48usize];
-    ["Offset of field: DeltaGatesParams::dt_bias"]
-        [::std::mem::offset_of!(DeltaGatesParams, dt_bias) - 56usize];
-    ["Offset of field: DeltaGatesParams::step"]
-        [::std::mem::offset_of!(DeltaGatesParams, step) - 64usize];
-    ["Offset of field: DeltaGatesParams::num_value_heads"]
-        [::std::mem::offset_of!(DeltaGatesParams, num_value_heads) - 72usize];
-    ["Offset of field: DeltaGatesParams::ratio"]
-        [::std::mem::offset_of!(DeltaGatesParams, ratio) - 76usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct GatedDeltaParams {
-    pub o: u64,
-    pub u: u64,
-    pub g: u64,
-    pub beta: u64,
-    pub d_o: u64,
-    pub d_u: u64,
-    pub d_g: u64,
-    pub d_beta: u64,
-    pub gamma: u64,
-    pub q_rstd: u64,
-    pub k_rstd: u64,
-    pub w: u64,
-    pub values: u64,
-    pub states: u64,
-    pub inverse: u64,
-    pub d_values: u64,
-    pub d_states: u64,
-    pub step: u64,
-    pub capacity: u32,
-    pub num_key_heads: u32,
-    pub num_value_heads: u32,
-    pub key_head_dim: u32,
-    pub value_head_dim: u32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 168usize];
-    ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
-    ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
-    ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
-    ["Offset of field: GatedDeltaParams::g"][::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
-    ["Offset of field: GatedDeltaParams::beta"]
-        [::std::mem::offset_of!(GatedDeltaParams, beta) - 24usize];
-    ["Offset of field: GatedDeltaParams::d_o"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_o) - 32usize];
-    ["Offset of field: GatedDeltaParams::d_u"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_u) - 40usize];
-    ["Offset of field: GatedDeltaParams::d_g"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_g) - 48usize];
-    ["Offset of field: GatedDeltaParams::d_beta"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_beta) - 56usize];
-    ["Offset of field: GatedDeltaParams::gamma"]
-        [::std::mem::offset_of!(GatedDeltaParams, gamma) - 64usize];
-    ["Offset of field: GatedDeltaParams::q_rstd"]
-        [::std::mem::offset_of!(GatedDeltaParams, q_rstd) - 72usize];
-    ["Offset of field: GatedDeltaParams::k_rstd"]
-        [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
-    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 88usize];
-    ["Offset of field: GatedDeltaParams::values"]
-        [::std::mem::offset_of!(GatedDeltaParams, values) - 96usize];
-    ["Offset of field: GatedDeltaParams::states"]
-        [::std::mem::offset_of!(GatedDeltaParams, states) - 104usize];
-    ["Offset of field: GatedDeltaParams::inverse"]
-        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 112usize];
-    ["Offset of field: GatedDeltaParams::d_values"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 120usize];
-    ["Offset of field: GatedDeltaParams::d_states"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 128usize];
-    ["Offset of field: GatedDeltaParams::step"]
-        [::std::mem::offset_of!(GatedDeltaParams, step) - 136usize];
-    ["Offset of field: GatedDeltaParams::capacity"]
-        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 144usize];
-    ["Offset of field: GatedDeltaParams::num_key_heads"]
-        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 148usize];
-    ["Offset of field: GatedDeltaParams::num_value_heads"]
-        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 152usize];
-    ["Offset of field: GatedDeltaParams::key_head_dim"]
-        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 156usize];
-    ["Offset of field: GatedDeltaParams::value_head_dim"]
-        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 160usize];
-    ["Offset of field: GatedDeltaParams::reserved"]
-        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 164usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct GatedRmsNormParams {
-    pub y: u64,
-    pub rstd: u64,
-    pub d_o: u64,
-    pub d_qkvz: u64,
-    pub d_y: u64,
-    pub o: u64,
-    pub qkvz: u64,
-    pub weight: u64,
-    pub step: u64,
-    pub num_key_heads: u32,
-    pub num_value_heads: u32,
-    pub key_head_dim: u32,
-    pub value_head_dim: u32,
-    pub eps: f32,
-    pub reserved: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of GatedRmsNormParams"][::std::mem::size_of::<GatedRmsNormParams>() - 96usize];
-    ["Alignment of GatedRmsNormParams"][::std::mem::align_of::<GatedRmsNormParams>() - 8usize];
-    ["Offset of field: GatedRmsNormParams::y"]
-        [::std::mem::offset_of!(GatedRmsNormParams, y) - 0usize];
-    ["Offset of field: GatedRmsNormParams::rstd"]
-        [::std::mem::offset_of!(GatedRmsNormParams, rstd) - 8usize];
-    ["Offset of field: GatedRmsNormParams::d_o"]
-        [::std::mem::offset_of!(GatedRmsNormParams, d_o) - 16usize];
-    ["Offset of field: GatedRmsNormParams::d_qkvz"]
-        [::std::mem::offset_of!(GatedRmsNormParams, d_qkvz) - 24usize];
-    ["Offset of field: GatedRmsNormParams::d_y"]
-        [::std::mem::offset_of!(GatedRmsNormParams, d_y) - 32usize];
-    ["Offset of field: GatedRmsNormParams::o"]
-        [::std::mem::offset_of!(GatedRmsNormParams, o) - 40usize];
-    ["Offset of field: GatedRmsNormParams::qkvz"]
-        [::std::mem::offset_of!(GatedRmsNormParams, qkvz) - 48usize];
-    ["Offset of field: GatedRmsNormParams::weight"]
-        [::std::mem::offset_of!(GatedRmsNormParams, weight) - 56usize];
-    ["Offset of field: GatedRmsNormParams::step"]
-        [::std::mem::offset_of!(GatedRmsNormParams, step) - 64usize];
-    ["Offset of field: GatedRmsNormParams::num_key_heads"]
-        [::std::mem::offset_of!(GatedRmsNormParams, num_key_heads) - 72usize];
-    ["Offset of field: GatedRmsNormParams::num_value_heads"]
-        [::std::mem::offset_of!(GatedRmsNormParams, num_value_heads) - 76usize];
-    ["Offset of field: GatedRmsNormParams::key_head_dim"]
-        [::std::mem::offset_of!(GatedRmsNormParams, key_head_dim) - 80usize];
-    ["Offset of field: GatedRmsNormParams::value_head_dim"]
-        [::std::mem::offset_of!(GatedRmsNormParams, value_head_dim) - 84usize];
-    ["Offset of field: GatedRmsNormParams::eps"]
-        [::std::mem::offset_of!(GatedRmsNormParams, eps) - 88usize];
-    ["Offset of field: GatedRmsNormParams::reserved"]
-        [::std::mem::offset_of!(GatedRmsNormParams, reserved) - 92usize];
 };
