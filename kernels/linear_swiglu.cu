@@ -85,9 +85,14 @@ DEVICE void swiglu_tile(const LinearParams& p, unsigned char* memory) {
 
 }  // namespace
 
+KERNEL(linear_swiglu_forward_wide, LinearParams, p, LINEAR_WIDE_THREADS) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    swiglu_tile<WideTile>(p, memory);
+}
+
 KERNEL(linear_swiglu_forward, LinearParams, p, LINEAR_THREADS) {
     DYNAMIC_SHARED(unsigned char, memory);
-    swiglu_tile<LargeTile>(p, memory);
+    swiglu_tile<PlainTile>(p, memory);
 }
 
 KERNEL(linear_swiglu_forward_small, LinearParams, p, LINEAR_THREADS) {
