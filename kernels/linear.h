@@ -42,12 +42,12 @@ struct LinearProjection {
 
 // A gradient as bf16 rows that start at 16-byte borders, for one that is f32 or whose rows do not.
 struct LinearAlignParams {
-    PTR(bf16) out;        // [T, stride] zeros from column N on
-    PTR(const void) in;   // [T, N] bf16 or f32
+    PTR(bf16) out;          // [T, stride] zeros from column N on
+    PTR(const void) d_out;  // [T, N] bf16 or f32
     PTR(const StepStateDevice) step;
     uint32_t num_cols;    // N
     uint32_t stride;      // a multiple of 8
-    uint32_t in_is_f32;
+    uint32_t is_f32;
     uint32_t reserved;
 };
 

@@ -76,7 +76,7 @@ KERNEL(linear_align, LinearAlignParams, p, LINEAR_THREADS) {
     const size_t at = static_cast<size_t>(blockIdx.x) * LINEAR_THREADS + threadIdx.x;
     const size_t row = at / parts;
     if (row >= p.step->num_tokens) return;
-    const Rows rows = rows_of(p.in, p.num_cols, p.step->num_tokens, p.num_cols, p.in_is_f32);
+    const Rows rows = rows_of(p.d_out, p.num_cols, p.step->num_tokens, p.num_cols, p.is_f32);
     const Words4 part = load_part_by_element(rows, static_cast<unsigned>(row), static_cast<unsigned>(at % parts) * 8);
     *reinterpret_cast<Words4*>(p.out + at * 8) = part;
 }

@@ -21,6 +21,7 @@ pub use types::{
 
 use crate::error::Result;
 use crate::store::Weight;
+use crate::store::nf4::Nf4Matrix;
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
@@ -48,6 +49,12 @@ pub trait Ops: std::fmt::Debug {
 
     /// The gate, up and down matrices of a layer's experts as this device's products read them.
     fn place_experts(&self, experts: [Vec<Weight>; 3]) -> Result<[Vec<Weight>; 3]>;
+
+    /// `weights`, an f32 or bf16 matrix in this device's memory, in NF4.
+    fn quantize(&self, weights: &Tensor, double_quant: bool) -> Result<Weight> {
+        let matrix = Nf4Matrix::from_tensor(weights, double_quant)?;
+        self.place_weight(Weight::Nf4(matrix))
+    }
 
     /// Makes everything ready for batches of up to `capacity` tokens. `pass` makes the calls of a step, on planned tensors;
     /// they compute nothing, but tell how much temporary memory the device must hold. Returns its bytes.

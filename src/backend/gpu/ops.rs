@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::step::StepBuffers;
 use super::{
     Gpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, gated_norm,
-    linear, moe, norm, place, rope, route,
+    linear, moe, nf4, norm, place, rope, route,
 };
 use crate::error::Result;
 use crate::ops::{
@@ -44,6 +44,10 @@ impl Ops for Gpu {
         let [gate, up, down] = experts;
         let place = |weights: Vec<Weight>| place::weights(&*self.driver, &weights);
         Ok([place(gate)?, place(up)?, place(down)?])
+    }
+
+    fn quantize(&self, weights: &Tensor, double_quant: bool) -> Result<Weight> {
+        nf4::quantize(self, weights, double_quant).map(Weight::Nf4)
     }
 
     fn reserve(

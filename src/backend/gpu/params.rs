@@ -11,6 +11,24 @@
     reason = "generated"
 )]
 
+pub const ATTENTION_THREADS: u32 = 128;
+pub const ATTENTION_WIDE_THREADS: u32 = 256;
+pub const ATTENTION_QUERIES: u32 = 128;
+pub const ATTENTION_KEYS: u32 = 64;
+pub const ATTENTION_TILE: u32 = 64;
+pub const ATTENTION_PADDING: u32 = 8;
+pub const ATTENTION_DELTA_THREADS: u32 = 256;
+pub const ATTENTION_DELTA_ROWS: u32 = 32;
+pub const ATTENTION_GATE_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_THREADS: u32 = 512;
+pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_MATMUL_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_GROUP: u32 = 64;
+pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
+pub const CROSS_ENTROPY_TILE_ROWS: u32 = 128;
+pub const CROSS_ENTROPY_TILE_COLUMNS: u32 = 256;
+pub const CROSS_ENTROPY_SHARED_BYTES: u32 = 147456;
+pub const EMBEDDING_THREADS: u32 = 256;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -52,49 +70,14 @@ pub const MOE_ROUTE_THREADS: u32 = 256;
 pub const MOE_ROUTE_TOKENS: u32 = 32;
 pub const MOE_ROUTE_MAX_EXPERTS: u32 = 1024;
 pub const MOE_ROUTE_SCAN_EXPERTS: u32 = 32;
+pub const NF4_QUANTIZE_THREADS: u32 = 256;
+pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
+pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
+pub const QK_NORM_ROPE_THREADS: u32 = 128;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
+pub const SHARED_EXPERT_THREADS: u32 = 256;
 pub const SWIGLU_THREADS: u32 = 256;
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4Weight {
-    pub codes: u64,
-    pub absmax: u64,
-    pub nested_codes: u64,
-    pub nested_absmax: u64,
-    pub dynamic_code: u64,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
-    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
-    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
-    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
-    ["Offset of field: Nf4Weight::nested_codes"]
-        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
-    ["Offset of field: Nf4Weight::nested_absmax"]
-        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
-    ["Offset of field: Nf4Weight::dynamic_code"]
-        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
-    pub weight: Nf4Weight,
-    pub num_elements: u64,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::weight"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -154,6 +137,387 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionForwardParams {
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionForwardParams"][::std::mem::size_of::<AttentionForwardParams>() - 72usize];
+    ["Alignment of AttentionForwardParams"]
+        [::std::mem::align_of::<AttentionForwardParams>() - 8usize];
+    ["Offset of field: AttentionForwardParams::o"]
+        [::std::mem::offset_of!(AttentionForwardParams, o) - 0usize];
+    ["Offset of field: AttentionForwardParams::lse"]
+        [::std::mem::offset_of!(AttentionForwardParams, lse) - 8usize];
+    ["Offset of field: AttentionForwardParams::q"]
+        [::std::mem::offset_of!(AttentionForwardParams, q) - 16usize];
+    ["Offset of field: AttentionForwardParams::k"]
+        [::std::mem::offset_of!(AttentionForwardParams, k) - 24usize];
+    ["Offset of field: AttentionForwardParams::v"]
+        [::std::mem::offset_of!(AttentionForwardParams, v) - 32usize];
+    ["Offset of field: AttentionForwardParams::step"]
+        [::std::mem::offset_of!(AttentionForwardParams, step) - 40usize];
+    ["Offset of field: AttentionForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_key_value_heads) - 52usize];
+    ["Offset of field: AttentionForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionForwardParams, head_dim) - 56usize];
+    ["Offset of field: AttentionForwardParams::window"]
+        [::std::mem::offset_of!(AttentionForwardParams, window) - 60usize];
+    ["Offset of field: AttentionForwardParams::scale"]
+        [::std::mem::offset_of!(AttentionForwardParams, scale) - 64usize];
+    ["Offset of field: AttentionForwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionForwardParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionBackwardParams {
+    pub d_q: u64,
+    pub d_k: u64,
+    pub d_v: u64,
+    pub delta: u64,
+    pub d_o: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionBackwardParams"]
+        [::std::mem::size_of::<AttentionBackwardParams>() - 112usize];
+    ["Alignment of AttentionBackwardParams"]
+        [::std::mem::align_of::<AttentionBackwardParams>() - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_q) - 0usize];
+    ["Offset of field: AttentionBackwardParams::d_k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_k) - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_v) - 16usize];
+    ["Offset of field: AttentionBackwardParams::delta"]
+        [::std::mem::offset_of!(AttentionBackwardParams, delta) - 24usize];
+    ["Offset of field: AttentionBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_o) - 32usize];
+    ["Offset of field: AttentionBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, o) - 40usize];
+    ["Offset of field: AttentionBackwardParams::lse"]
+        [::std::mem::offset_of!(AttentionBackwardParams, lse) - 48usize];
+    ["Offset of field: AttentionBackwardParams::q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, q) - 56usize];
+    ["Offset of field: AttentionBackwardParams::k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, k) - 64usize];
+    ["Offset of field: AttentionBackwardParams::v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, v) - 72usize];
+    ["Offset of field: AttentionBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionBackwardParams, step) - 80usize];
+    ["Offset of field: AttentionBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: AttentionBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: AttentionBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionBackwardParams, head_dim) - 96usize];
+    ["Offset of field: AttentionBackwardParams::window"]
+        [::std::mem::offset_of!(AttentionBackwardParams, window) - 100usize];
+    ["Offset of field: AttentionBackwardParams::scale"]
+        [::std::mem::offset_of!(AttentionBackwardParams, scale) - 104usize];
+    ["Offset of field: AttentionBackwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionBackwardParams, reserved) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateForwardParams {
+    pub y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateForwardParams"]
+        [::std::mem::size_of::<AttentionGateForwardParams>() - 40usize];
+    ["Alignment of AttentionGateForwardParams"]
+        [::std::mem::align_of::<AttentionGateForwardParams>() - 8usize];
+    ["Offset of field: AttentionGateForwardParams::y"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, y) - 0usize];
+    ["Offset of field: AttentionGateForwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, o) - 8usize];
+    ["Offset of field: AttentionGateForwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, q_proj) - 16usize];
+    ["Offset of field: AttentionGateForwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, step) - 24usize];
+    ["Offset of field: AttentionGateForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, num_attention_heads) - 32usize];
+    ["Offset of field: AttentionGateForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, head_dim) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateBackwardParams {
+    pub d_o: u64,
+    pub d_q_proj: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateBackwardParams"]
+        [::std::mem::size_of::<AttentionGateBackwardParams>() - 56usize];
+    ["Alignment of AttentionGateBackwardParams"]
+        [::std::mem::align_of::<AttentionGateBackwardParams>() - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_o) - 0usize];
+    ["Offset of field: AttentionGateBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_q_proj) - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_y"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_y) - 16usize];
+    ["Offset of field: AttentionGateBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, o) - 24usize];
+    ["Offset of field: AttentionGateBackwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, q_proj) - 32usize];
+    ["Offset of field: AttentionGateBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, step) - 40usize];
+    ["Offset of field: AttentionGateBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionGateBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, head_dim) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLogitsParams {
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub x: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLogitsParams"]
+        [::std::mem::size_of::<CrossEntropyLogitsParams>() - 72usize];
+    ["Alignment of CrossEntropyLogitsParams"]
+        [::std::mem::align_of::<CrossEntropyLogitsParams>() - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, logits) - 0usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_max) - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_sum) - 16usize];
+    ["Offset of field: CrossEntropyLogitsParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, target_logit) - 24usize];
+    ["Offset of field: CrossEntropyLogitsParams::x"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, x) - 32usize];
+    ["Offset of field: CrossEntropyLogitsParams::head"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, head) - 40usize];
+    ["Offset of field: CrossEntropyLogitsParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, step) - 48usize];
+    ["Offset of field: CrossEntropyLogitsParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, first_target) - 56usize];
+    ["Offset of field: CrossEntropyLogitsParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, num_rows) - 60usize];
+    ["Offset of field: CrossEntropyLogitsParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, hidden_size) - 64usize];
+    ["Offset of field: CrossEntropyLogitsParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, vocab_size) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLossParams {
+    pub token_loss: u64,
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLossParams"][::std::mem::size_of::<CrossEntropyLossParams>() - 56usize];
+    ["Alignment of CrossEntropyLossParams"]
+        [::std::mem::align_of::<CrossEntropyLossParams>() - 8usize];
+    ["Offset of field: CrossEntropyLossParams::token_loss"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, token_loss) - 0usize];
+    ["Offset of field: CrossEntropyLossParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, logits) - 8usize];
+    ["Offset of field: CrossEntropyLossParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_max) - 16usize];
+    ["Offset of field: CrossEntropyLossParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_sum) - 24usize];
+    ["Offset of field: CrossEntropyLossParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, target_logit) - 32usize];
+    ["Offset of field: CrossEntropyLossParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, step) - 40usize];
+    ["Offset of field: CrossEntropyLossParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, first_target) - 48usize];
+    ["Offset of field: CrossEntropyLossParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, vocab_size) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyClearParams {
+    pub d_x: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyClearParams"][::std::mem::size_of::<CrossEntropyClearParams>() - 24usize];
+    ["Alignment of CrossEntropyClearParams"]
+        [::std::mem::align_of::<CrossEntropyClearParams>() - 8usize];
+    ["Offset of field: CrossEntropyClearParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyClearParams::step"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, step) - 8usize];
+    ["Offset of field: CrossEntropyClearParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, hidden_size) - 16usize];
+    ["Offset of field: CrossEntropyClearParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, reserved) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyGradientParams {
+    pub d_x: u64,
+    pub partial: u64,
+    pub d_logits: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+    pub num_multiprocessors: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyGradientParams"]
+        [::std::mem::size_of::<CrossEntropyGradientParams>() - 64usize];
+    ["Alignment of CrossEntropyGradientParams"]
+        [::std::mem::align_of::<CrossEntropyGradientParams>() - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyGradientParams::partial"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, partial) - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_logits"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_logits) - 16usize];
+    ["Offset of field: CrossEntropyGradientParams::head"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, head) - 24usize];
+    ["Offset of field: CrossEntropyGradientParams::step"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, step) - 32usize];
+    ["Offset of field: CrossEntropyGradientParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, first_target) - 40usize];
+    ["Offset of field: CrossEntropyGradientParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_rows) - 44usize];
+    ["Offset of field: CrossEntropyGradientParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, hidden_size) - 48usize];
+    ["Offset of field: CrossEntropyGradientParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, vocab_size) - 52usize];
+    ["Offset of field: CrossEntropyGradientParams::num_multiprocessors"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_multiprocessors) - 56usize];
+    ["Offset of field: CrossEntropyGradientParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct EmbeddingForwardParams {
+    pub out: u64,
+    pub table: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbeddingForwardParams"][::std::mem::size_of::<EmbeddingForwardParams>() - 32usize];
+    ["Alignment of EmbeddingForwardParams"]
+        [::std::mem::align_of::<EmbeddingForwardParams>() - 8usize];
+    ["Offset of field: EmbeddingForwardParams::out"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, out) - 0usize];
+    ["Offset of field: EmbeddingForwardParams::table"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, table) - 8usize];
+    ["Offset of field: EmbeddingForwardParams::step"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, step) - 16usize];
+    ["Offset of field: EmbeddingForwardParams::hidden_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, hidden_size) - 24usize];
+    ["Offset of field: EmbeddingForwardParams::vocab_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, vocab_size) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4Weight {
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -223,11 +587,11 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LinearAlignParams {
     pub out: u64,
-    pub in_: u64,
+    pub d_out: u64,
     pub step: u64,
     pub num_cols: u32,
     pub stride: u32,
-    pub in_is_f32: u32,
+    pub is_f32: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -236,16 +600,16 @@ const _: () = {
     ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
     ["Offset of field: LinearAlignParams::out"]
         [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
-    ["Offset of field: LinearAlignParams::in_"]
-        [::std::mem::offset_of!(LinearAlignParams, in_) - 8usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
     ["Offset of field: LinearAlignParams::step"]
         [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
     ["Offset of field: LinearAlignParams::num_cols"]
         [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
     ["Offset of field: LinearAlignParams::stride"]
         [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
-    ["Offset of field: LinearAlignParams::in_is_f32"]
-        [::std::mem::offset_of!(LinearAlignParams, in_is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
     ["Offset of field: LinearAlignParams::reserved"]
         [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
 };
@@ -693,12 +1057,10 @@ pub struct MoeLoraProjectParams {
     pub lora: u64,
     pub xa_width: u32,
     pub lora_is_bf16: u32,
-    pub is_backward: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 464usize];
+    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 456usize];
     ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
     ["Offset of field: MoeLoraProjectParams::jobs"]
         [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 0usize];
@@ -712,10 +1074,6 @@ const _: () = {
         [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 448usize];
     ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
         [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 452usize];
-    ["Offset of field: MoeLoraProjectParams::is_backward"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, is_backward) - 456usize];
-    ["Offset of field: MoeLoraProjectParams::reserved"]
-        [::std::mem::offset_of!(MoeLoraProjectParams, reserved) - 460usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -870,6 +1228,221 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeParams {
+    pub codes: u64,
+    pub absmax: u64,
+    pub is_not_finite: u64,
+    pub weights: u64,
+    pub weights_f32: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeParams"][::std::mem::size_of::<Nf4QuantizeParams>() - 48usize];
+    ["Alignment of Nf4QuantizeParams"][::std::mem::align_of::<Nf4QuantizeParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeParams::is_not_finite"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, is_not_finite) - 16usize];
+    ["Offset of field: Nf4QuantizeParams::weights"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights) - 24usize];
+    ["Offset of field: Nf4QuantizeParams::weights_f32"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights_f32) - 32usize];
+    ["Offset of field: Nf4QuantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, num_elements) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4AbsmaxSumsParams {
+    pub sums: u64,
+    pub absmax: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4AbsmaxSumsParams"][::std::mem::size_of::<Nf4AbsmaxSumsParams>() - 24usize];
+    ["Alignment of Nf4AbsmaxSumsParams"][::std::mem::align_of::<Nf4AbsmaxSumsParams>() - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::sums"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, sums) - 0usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::absmax"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, absmax) - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, num_blocks) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeAbsmaxParams {
+    pub codes: u64,
+    pub nested_absmax: u64,
+    pub absmax: u64,
+    pub sums: u64,
+    pub dynamic_code: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeAbsmaxParams"][::std::mem::size_of::<Nf4QuantizeAbsmaxParams>() - 48usize];
+    ["Alignment of Nf4QuantizeAbsmaxParams"]
+        [::std::mem::align_of::<Nf4QuantizeAbsmaxParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::nested_absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, nested_absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, absmax) - 16usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::sums"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, sums) - 24usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::dynamic_code"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, dynamic_code) - 32usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, num_blocks) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeForwardParams {
+    pub q: u64,
+    pub k: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub eps: f32,
+    pub weight_offset: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeForwardParams"]
+        [::std::mem::size_of::<QkNormRopeForwardParams>() - 120usize];
+    ["Alignment of QkNormRopeForwardParams"]
+        [::std::mem::align_of::<QkNormRopeForwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q) - 0usize];
+    ["Offset of field: QkNormRopeForwardParams::k"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k) - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_rstd) - 16usize];
+    ["Offset of field: QkNormRopeForwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_rstd) - 24usize];
+    ["Offset of field: QkNormRopeForwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeForwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeForwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_weight) - 48usize];
+    ["Offset of field: QkNormRopeForwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_weight) - 56usize];
+    ["Offset of field: QkNormRopeForwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, cos) - 64usize];
+    ["Offset of field: QkNormRopeForwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, sin) - 72usize];
+    ["Offset of field: QkNormRopeForwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, step) - 80usize];
+    ["Offset of field: QkNormRopeForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: QkNormRopeForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: QkNormRopeForwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, head_dim) - 96usize];
+    ["Offset of field: QkNormRopeForwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_head_stride) - 100usize];
+    ["Offset of field: QkNormRopeForwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, rotary_dim) - 104usize];
+    ["Offset of field: QkNormRopeForwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, lanes_per_head) - 108usize];
+    ["Offset of field: QkNormRopeForwardParams::eps"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, eps) - 112usize];
+    ["Offset of field: QkNormRopeForwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, weight_offset) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeBackwardParams {
+    pub d_q_proj: u64,
+    pub d_k_proj: u64,
+    pub d_q: u64,
+    pub d_k: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub weight_offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeBackwardParams"]
+        [::std::mem::size_of::<QkNormRopeBackwardParams>() - 136usize];
+    ["Alignment of QkNormRopeBackwardParams"]
+        [::std::mem::align_of::<QkNormRopeBackwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q_proj) - 0usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k_proj) - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q) - 16usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k) - 24usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_rstd) - 48usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_rstd) - 56usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_weight) - 64usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_weight) - 72usize];
+    ["Offset of field: QkNormRopeBackwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, cos) - 80usize];
+    ["Offset of field: QkNormRopeBackwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, sin) - 88usize];
+    ["Offset of field: QkNormRopeBackwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, step) - 96usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_attention_heads) - 104usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_key_value_heads) - 108usize];
+    ["Offset of field: QkNormRopeBackwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, head_dim) - 112usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_head_stride) - 116usize];
+    ["Offset of field: QkNormRopeBackwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, rotary_dim) - 120usize];
+    ["Offset of field: QkNormRopeBackwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, lanes_per_head) - 124usize];
+    ["Offset of field: QkNormRopeBackwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, weight_offset) - 128usize];
+    ["Offset of field: QkNormRopeBackwardParams::reserved"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, reserved) - 132usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RmsNormForwardParams {
     pub out: u64,
     pub rstd: u64,
@@ -976,6 +1549,70 @@ const _: () = {
         [::std::mem::offset_of!(SelftestParams, depth) - 32usize];
     ["Offset of field: SelftestParams::fault"]
         [::std::mem::offset_of!(SelftestParams, fault) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddForwardParams {
+    pub out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddForwardParams"]
+        [::std::mem::size_of::<SharedExpertAddForwardParams>() - 40usize];
+    ["Alignment of SharedExpertAddForwardParams"]
+        [::std::mem::align_of::<SharedExpertAddForwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::out"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, out) - 0usize];
+    ["Offset of field: SharedExpertAddForwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, shared) - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, logit) - 16usize];
+    ["Offset of field: SharedExpertAddForwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, step) - 24usize];
+    ["Offset of field: SharedExpertAddForwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, hidden_size) - 32usize];
+    ["Offset of field: SharedExpertAddForwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddBackwardParams {
+    pub d_shared: u64,
+    pub d_logit: u64,
+    pub d_out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddBackwardParams"]
+        [::std::mem::size_of::<SharedExpertAddBackwardParams>() - 56usize];
+    ["Alignment of SharedExpertAddBackwardParams"]
+        [::std::mem::align_of::<SharedExpertAddBackwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_shared) - 0usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_logit) - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_out"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_out) - 16usize];
+    ["Offset of field: SharedExpertAddBackwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, shared) - 24usize];
+    ["Offset of field: SharedExpertAddBackwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, logit) - 32usize];
+    ["Offset of field: SharedExpertAddBackwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, step) - 40usize];
+    ["Offset of field: SharedExpertAddBackwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, hidden_size) - 48usize];
+    ["Offset of field: SharedExpertAddBackwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, reserved) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
