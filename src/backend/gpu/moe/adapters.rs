@@ -76,7 +76,7 @@ impl Call<'_> {
         self.gpu.launch(kernel, grid, &params)
     }
 
-    /// Adds the gradients of the adapters of `projections`: `xs` is what they read, `d_outs` the gradient of what they give,
+    /// Adds the gradients of the adapters of `projections`: `wides` holds what each reads and the gradient of what it gives;
     /// each row times its weight where `topk_weights` is not 0.
     pub(super) fn grads(
         &self,
