@@ -67,6 +67,8 @@ DEVICE unsigned first_key(unsigned query, unsigned sequence_start, unsigned wind
 
 template <unsigned kHeadDim>
 constexpr unsigned kRow = kHeadDim + 8;
+// Scores (P or dS) of a tile, 64 columns, are padded likewise.
+constexpr unsigned kScores = 64, kScoreStride = kScores + 8;
 
 // Rows [first, end) of a head to shared memory, kRows at most. `head` is the head's column in row 0. Not unrolled further: the
 // addresses would cost the registers that the products need.
@@ -137,6 +139,18 @@ DEVICE void multiply_step(float (&d)[kM][kN][4], const uint32_t (&a)[kM][4], con
             mma_16x8x16(d[m][n], a[m], b_first);
             mma_16x8x16(d[m][n + 1], a[m], b_second);
         }
+    }
+}
+
+// d += scores [rows of the warp, 64] tile [64, columns of the warp].
+template <unsigned kHeadDim, unsigned kM, unsigned kN>
+DEVICE void multiply_scores(float (&d)[kM][kN][4], const bf16* scores, const bf16* tile) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    UNROLL for (unsigned k = 0; k < kScores; k += 16) {
+        uint32_t part[kM][4];
+        UNROLL for (unsigned m = 0; m < kM; ++m)
+            load_matrix_x4(part[m], scores + (m * 16 + lane % 16) * kScoreStride + k + lane / 16 * 8);
+        multiply_step<kRow<kHeadDim>>(d, part, tile + k * kRow<kHeadDim>);
     }
 }
 
