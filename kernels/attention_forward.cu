@@ -103,7 +103,7 @@ DEVICE void add_values(float (&o)[kM][kColumns][4], const float (&s)[kM][kKeys /
         uint32_t p_part[kM][4];
         UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned i = 0; i < 4; ++i) {
             const float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
-            p_part[m][i] = pack_bf16(pair[0], pair[1]);
+            p_part[m][i] = pack_bf16_pair(pair[0], pair[1]);
         }
         multiply_step<kRow<kHeadDim>>(o, p_part, v_tile + k * 16 * kRow<kHeadDim>);
     }

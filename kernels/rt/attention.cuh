@@ -4,13 +4,13 @@
 // rows of a matrix load lie in different banks. Columns beyond the model's head_dim, and rows beyond the end, are zeros.
 #pragma once
 
+#include "bits.cuh"
 #include "mma.cuh"
 #include "step_state.h"
 #include "vector.cuh"
 
 #ifdef __CUDACC__
 
-#define UNROLL _Pragma("unroll")
 #define UNROLL_TWICE _Pragma("unroll 2")
 
 // 2^x within two units in the last place; 0 where the result is below 2^-126.
@@ -18,13 +18,6 @@ DEVICE float exp2_approx(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
-}
-
-// Both rounded to bf16, `low` in the lower half.
-DEVICE uint32_t pack_bf16(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
 }
 
 // 4 bytes from global to shared memory without waiting; zeros where not `valid`.
@@ -35,16 +28,11 @@ DEVICE void copy_async_4(void* target, const void* source, bool valid) {
 
 #else
 
-#define UNROLL
 #define UNROLL_TWICE
 
 DEVICE float exp2_approx(float x) {
     const float result = exp2f(x);
     return result < 1.17549435e-38f ? 0.0f : result;
-}
-
-DEVICE uint32_t pack_bf16(float low, float high) {
-    return static_cast<uint32_t>(to_bf16(low).bits) | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
 
 DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
@@ -101,7 +89,7 @@ DEVICE void write_fragments(bf16* tile, const float (&d)[kM][kN][4], float facto
     bf16* const at = tile + lane / 4 * kStride + lane % 4 * 2;
     UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(at + (m * 16 + half * 8) * kStride + n * 8) =
-            pack_bf16(d[m][n][2 * half] * factor, d[m][n][2 * half + 1] * factor);
+            pack_bf16_pair(d[m][n][2 * half] * factor, d[m][n][2 * half + 1] * factor);
 }
 
 // d [16 kM, 8 kN] += a [16 kM, kDepth] b [8 kN, kDepth]^T, of tiles kHeadDim wide.
