@@ -4,14 +4,14 @@
 //   d_V' += diag(e^(gamma_C - gamma)) Kh d_S;  d_S <- e^gamma_C d_S + (diag(e^gamma) Qh s)^T d_O - W^T d_V'
 // with Qh, Kh of unit rows and s = 1 / sqrt(dk). V' replaces U, and the full d_V' its part from gated_delta_local.
 //
-// grid (ceil(dv / 32), Hv, 8), block 64: a warp has 16 columns of dv, so warps do not depend on each other; z is a lane of sequences z, z + 8, ...
+// grid (ceil(dv / 64), Hv, 8), block 128: a warp has 16 columns of dv, so warps do not depend on each other; z is a lane of sequences z, z + 8, ...
 // The transposed state S^T [dv, dk] stays in f32 registers. As mma leaves S^T and V'^T they are, rounded, the A operands of
 // the next product: no exchange through shared memory. Its bf16 copy before (after) each chunk goes to scratch.
-// Shared memory: two stages of a chunk's operands, 79 KB forward and 124 KB backward at head size 128.
+// Shared memory: two stages of a chunk's operands, 87 KB forward and 140 KB backward at head size 128.
 // Numerics: operands bf16, products and state f32, sums in a fixed order: deterministic. exp of differences that are never positive.
 // Preconditions (the launcher checks): as gated_delta.cu, which ran before.
-// Cost per chunk and block at 128: 2.1 MFLOP forward, 3.1 backward, 37 KB and 57 KB read from the L2 cache; bound by the latency of
-// a chunk's two dependent products when sequences are few. docs/kernels/gated_delta.md. Reference: src/backend/cpu/gated_delta.rs.
+// Cost per chunk and block at 128: 4.2 MFLOP forward, 6.3 backward, 40 KB and 65 KB read from the L2 cache; bound by the latency of
+// a chunk's two dependent products when sequences are few, else by memory. docs/kernels/gated_delta.md. Reference: src/backend/cpu/gated_delta.rs.
 #include "rt/delta.cuh"
 
 namespace {
@@ -93,19 +93,20 @@ DEVICE void load_stage(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
     load_tile<kThreads, kChunk, kDim>(s.w, p.w + chunk_offset(p, place.head, chunk.start, dk), dk, chunk.size, dk);
     load_tile<kThreads, kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
     const bf16* const values = backward ? p.d_values : p.values;
-    load_tile<kThreads, kChunk, kColumns>(s.values, values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, chunk.size,
-                                dv - place.column);
+    load_tile<kThreads, kChunk, kColumns>(s.values, values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv,
+                                          chunk.size, dv - place.column);
+    if (backward) {
+        load_tile<kThreads, kChunk, kDim>(s.q, q, width, chunk.size, dk);
+        load_tile<kThreads, kChunk, kColumns>(s.d_o, p.d_o + (row * p.num_value_heads + place.head) * dv + place.column,
+                                              static_cast<size_t>(p.num_value_heads) * dv, chunk.size, dv - place.column);
+    }
     const unsigned own = threadIdx.x;
+    if (own >= kChunk) return;
     const bool valid = own < chunk.size;
     const unsigned at = chunk.start + (valid ? own : 0);
     copy_async_4(s.gamma + own, p.gamma + chunk_offset(p, place.head, at, 1), valid);
     copy_async_4(s.k_rstd + own, p.k_rstd + chunk_offset(p, place.key_head, at, 1), valid);
-    if (backward) {
-        load_tile<kThreads, kChunk, kDim>(s.q, q, width, chunk.size, dk);
-        load_tile<kThreads, kChunk, kColumns>(s.d_o, p.d_o + (row * p.num_value_heads + place.head) * dv + place.column,
-                                    static_cast<size_t>(p.num_value_heads) * dv, chunk.size, dv - place.column);
-        copy_async_4(s.q_rstd + own, p.q_rstd + chunk_offset(p, place.key_head, at, 1), valid);
-    }
+    if (backward) copy_async_4(s.q_rstd + own, p.q_rstd + chunk_offset(p, place.key_head, at, 1), valid);
 }
 
 // The warp's 16 columns of a slice, transposed: [16, 64].
@@ -122,21 +123,17 @@ DEVICE void load_slice(Strip<kChunk>& strip, const bf16* slice, unsigned column)
 }
 
 // The strip back into the warp's columns of the slice, and those to global memory.
-DEVICE void write_slice(bf16* target, size_t stride, bf16* slice, Strip<kChunk>& strip, unsigned column, unsigned rows,
-                        unsigned columns) {
+DEVICE void write_slice(bf16* target, size_t stride, bf16* slice, Strip<kChunk>& strip, unsigned column, unsigned rows) {
     strip.each([&](float value, unsigned row, unsigned chunk_row) {
         slice[chunk_row * kSliceRow + column + row] = to_bf16(value);
     });
     __syncwarp();
-    if (column < columns) {
-        copy_out<kSliceRow>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize, kWarpSize);
-    }
+    copy_out<kSliceRow>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize, kWarpSize);
 }
 
-// The warp's 16 rows of S^T, rounded, to scratch. dv, of which rows exist, is a multiple of 16.
+// The warp's 16 rows of S^T, rounded, to scratch.
 template <unsigned kDim>
-DEVICE void write_state(bf16* states, const Strip<kDim>& state, unsigned row, unsigned dk, unsigned dv) {
-    if (row >= dv) return;
+DEVICE void write_state(bf16* states, const Strip<kDim>& state, unsigned row, unsigned dk) {
     const unsigned lane = threadIdx.x % kWarpSize;
     UNROLL for (unsigned tile = 0; tile < kDim / 8; ++tile) {
         const unsigned column = tile * 8 + lane % 4 * 2;
@@ -156,13 +153,13 @@ DEVICE void scan_chunk(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
     if (chunk.is_first) {
         state = {};
     } else {
-        write_state(p.states + state_offset(p, place.head, chunk.start), state, place.column + place.own(), dk, dv);
+        write_state(p.states + state_offset(p, place.head, chunk.start), state, place.column + place.own(), dk);
         Strip<kChunk> read{};
         multiply<kDim>(read, state, Transposed<kRow>{s.w}, 0);
         values.each_with(read, [](float& value, float read) { value -= read; });
     }
     write_slice(p.values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, s.values, values, place.own(),
-                chunk.size, dv - place.column);
+                chunk.size);
     if (chunk.is_last) return;
     const float last = s.gamma[chunk.size - 1];
     const float kept = expf(last);
@@ -183,14 +180,14 @@ DEVICE void scan_chunk_backward(const GatedDeltaParams& p, const Stage<kDim>& s,
         d_state = {};
     } else {
         // The chunk after this one begins where the state it left is kept.
-        write_state(p.d_states + state_offset(p, place.head, chunk.start + kChunk), d_state, place.column + place.own(), dk, dv);
+        write_state(p.d_states + state_offset(p, place.head, chunk.start + kChunk), d_state, place.column + place.own(), dk);
         Strip<kChunk> written{};
         multiply<kDim>(written, d_state, Transposed<kRow>{s.k}, 0);
         written.each([&](float& value, unsigned, unsigned row) { value *= expf(last - s.gamma[row]) * s.k_rstd[row]; });
         d_values.each_with(written, [](float& value, float written) { value += written; });
     }
     write_slice(p.d_values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, s.values, d_values, place.own(),
-                chunk.size, dv - place.column);
+                chunk.size);
     if (chunk.is_first) return;
     const float kept = expf(last), scale = 1.0f / sqrtf(static_cast<float>(dk));
     d_values.each([](float& value, unsigned, unsigned) { value = -value; });
@@ -207,6 +204,7 @@ DEVICE void scan(const GatedDeltaParams& p, unsigned char* memory) {
     Walk<kBackward> ahead(p.step);
     if (ahead.is_done()) return;
     const Place place(p);
+    const bool has_columns = place.column + place.own() < p.value_head_dim;
     Walk<kBackward> walk = ahead;
     Strip<kDim> state{};
     load_stage(p, Stage<kDim>(memory, 0, kBackward), place, ahead.chunk(), kBackward);
@@ -218,11 +216,8 @@ DEVICE void scan(const GatedDeltaParams& p, unsigned char* memory) {
         copy_async_wait<1>();
         __syncthreads();
         const Stage<kDim> current(memory, stage, kBackward);
-        if (kBackward) {
-            scan_chunk_backward(p, current, place, walk.chunk(), state);
-        } else {
-            scan_chunk(p, current, place, walk.chunk(), state);
-        }
+        if (kBackward && has_columns) scan_chunk_backward(p, current, place, walk.chunk(), state);
+        if (!kBackward && has_columns) scan_chunk(p, current, place, walk.chunk(), state);
         __syncthreads();  // before the stage is filled again
     }
 }
