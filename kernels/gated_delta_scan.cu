@@ -123,17 +123,21 @@ DEVICE void load_slice(Strip<kChunk>& strip, const bf16* slice, unsigned column)
 }
 
 // The strip back into the warp's columns of the slice, and those to global memory.
-DEVICE void write_slice(bf16* target, size_t stride, bf16* slice, Strip<kChunk>& strip, unsigned column, unsigned rows) {
+DEVICE void write_slice(bf16* target, size_t stride, bf16* slice, Strip<kChunk>& strip, unsigned column, unsigned rows,
+                        unsigned columns) {
     strip.each([&](float value, unsigned row, unsigned chunk_row) {
         slice[chunk_row * kSliceRow + column + row] = to_bf16(value);
     });
     __syncwarp();
-    copy_out<kSliceRow>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize, kWarpSize);
+    if (column < columns) {
+        copy_out<kSliceRow>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize, kWarpSize);
+    }
 }
 
-// The warp's 16 rows of S^T, rounded, to scratch.
+// The warp's 16 rows of S^T, rounded, to scratch. A warp beyond dv, a multiple of 16, has none.
 template <unsigned kDim>
-DEVICE void write_state(bf16* states, const Strip<kDim>& state, unsigned row, unsigned dk) {
+DEVICE void write_state(bf16* states, const Strip<kDim>& state, unsigned row, unsigned dk, unsigned dv) {
+    if (row >= dv) return;
     const unsigned lane = threadIdx.x % kWarpSize;
     UNROLL for (unsigned tile = 0; tile < kDim / 8; ++tile) {
         const unsigned column = tile * 8 + lane % 4 * 2;
@@ -153,13 +157,13 @@ DEVICE void scan_chunk(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
     if (chunk.is_first) {
         state = {};
     } else {
-        write_state(p.states + state_offset(p, place.head, chunk.start), state, place.column + place.own(), dk);
+        write_state(p.states + state_offset(p, place.head, chunk.start), state, place.column + place.own(), dk, dv);
         Strip<kChunk> read{};
         multiply<kDim>(read, state, Transposed<kRow>{s.w}, 0);
         values.each_with(read, [](float& value, float read) { value -= read; });
     }
     write_slice(p.values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, s.values, values, place.own(),
-                chunk.size);
+                chunk.size, dv - place.column);
     if (chunk.is_last) return;
     const float last = s.gamma[chunk.size - 1];
     const float kept = expf(last);
@@ -180,14 +184,14 @@ DEVICE void scan_chunk_backward(const GatedDeltaParams& p, const Stage<kDim>& s,
         d_state = {};
     } else {
         // The chunk after this one begins where the state it left is kept.
-        write_state(p.d_states + state_offset(p, place.head, chunk.start + kChunk), d_state, place.column + place.own(), dk);
+        write_state(p.d_states + state_offset(p, place.head, chunk.start + kChunk), d_state, place.column + place.own(), dk, dv);
         Strip<kChunk> written{};
         multiply<kDim>(written, d_state, Transposed<kRow>{s.k}, 0);
         written.each([&](float& value, unsigned, unsigned row) { value *= expf(last - s.gamma[row]) * s.k_rstd[row]; });
         d_values.each_with(written, [](float& value, float written) { value += written; });
     }
     write_slice(p.d_values + chunk_offset(p, place.head, chunk.start, dv) + place.column, dv, s.values, d_values, place.own(),
-                chunk.size);
+                chunk.size, dv - place.column);
     if (chunk.is_first) return;
     const float kept = expf(last), scale = 1.0f / sqrtf(static_cast<float>(dk));
     d_values.each([](float& value, unsigned, unsigned) { value = -value; });
@@ -204,7 +208,6 @@ DEVICE void scan(const GatedDeltaParams& p, unsigned char* memory) {
     Walk<kBackward> ahead(p.step);
     if (ahead.is_done()) return;
     const Place place(p);
-    const bool has_columns = place.column + place.own() < p.value_head_dim;
     Walk<kBackward> walk = ahead;
     Strip<kDim> state{};
     load_stage(p, Stage<kDim>(memory, 0, kBackward), place, ahead.chunk(), kBackward);
@@ -216,8 +219,11 @@ DEVICE void scan(const GatedDeltaParams& p, unsigned char* memory) {
         copy_async_wait<1>();
         __syncthreads();
         const Stage<kDim> current(memory, stage, kBackward);
-        if (kBackward && has_columns) scan_chunk_backward(p, current, place, walk.chunk(), state);
-        if (!kBackward && has_columns) scan_chunk(p, current, place, walk.chunk(), state);
+        if (kBackward) {
+            scan_chunk_backward(p, current, place, walk.chunk(), state);
+        } else {
+            scan_chunk(p, current, place, walk.chunk(), state);
+        }
         __syncthreads();  // before the stage is filled again
     }
 }
