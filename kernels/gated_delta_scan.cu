@@ -55,8 +55,8 @@ struct Walk {
     const StepStateDevice* step;
     unsigned sequence, index, count;  // of the sequence's chunks: which, and how many
 
-    __device__ __forceinline__ explicit Walk(const StepStateDevice* state) : step(state), sequence(blockIdx.z), index(0) {
-        count = is_done() ? 0 : num_chunks();
+    __device__ __forceinline__ explicit Walk(const StepStateDevice* state) : step(state), sequence(blockIdx.z), index(0), count(0) {
+        skip_empty();
     }
     __device__ __forceinline__ bool is_done() const { return sequence >= step->num_sequences; }
     __device__ __forceinline__ unsigned num_chunks() const {
@@ -71,7 +71,13 @@ struct Walk {
         if (++index < count) return;
         index = 0;
         sequence += gridDim.z;
-        if (!is_done()) count = num_chunks();
+        skip_empty();
+    }
+    __device__ __forceinline__ void skip_empty() {
+        for (; !is_done(); sequence += gridDim.z) {
+            count = num_chunks();
+            if (count > 0) return;
+        }
     }
 };
 
@@ -111,7 +117,7 @@ DEVICE void load_stage(const GatedDeltaParams& p, const Stage<kDim>& s, const Pl
 
 // The warp's 16 columns of a slice, transposed: [16, 64].
 DEVICE void load_slice(Strip<kChunk>& strip, const bf16* slice, unsigned column) {
-    for (unsigned tile = 0; tile < kChunk / 8; tile += 2) {
+    UNROLL for (unsigned tile = 0; tile < kChunk / 8; tile += 2) {
         // An A operand of the transpose, whose halves lie as mma leaves its results.
         uint32_t a[4];
         Transposed<kSliceRow>{slice}.load_a(a, column, tile * 8);
