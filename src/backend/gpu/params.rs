@@ -1300,12 +1300,9 @@ pub struct GatedDeltaParams {
 const _: () = {
     ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 176usize];
     ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
-    ["Offset of field: GatedDeltaParams::o"]
-        [::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
-    ["Offset of field: GatedDeltaParams::u"]
-        [::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
-    ["Offset of field: GatedDeltaParams::g"]
-        [::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
+    ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
+    ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
+    ["Offset of field: GatedDeltaParams::g"][::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
     ["Offset of field: GatedDeltaParams::beta"]
         [::std::mem::offset_of!(GatedDeltaParams, beta) - 24usize];
     ["Offset of field: GatedDeltaParams::d_o"]
@@ -1324,8 +1321,7 @@ const _: () = {
         [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
     ["Offset of field: GatedDeltaParams::scores"]
         [::std::mem::offset_of!(GatedDeltaParams, scores) - 88usize];
-    ["Offset of field: GatedDeltaParams::w"]
-        [::std::mem::offset_of!(GatedDeltaParams, w) - 96usize];
+    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 96usize];
     ["Offset of field: GatedDeltaParams::values"]
         [::std::mem::offset_of!(GatedDeltaParams, values) - 104usize];
     ["Offset of field: GatedDeltaParams::states"]
