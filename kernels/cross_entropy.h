@@ -4,16 +4,21 @@
 
 #define CROSS_ENTROPY_THREADS 512
 #define CROSS_ENTROPY_CLEAR_THREADS 256
-#define CROSS_ENTROPY_MATMUL_THREADS 256
 // Columns of a row of logits that share a maximum.
 #define CROSS_ENTROPY_GROUP 64
-// Rows that a block of cross_entropy_gradient_sum makes.
-#define CROSS_ENTROPY_SUM_ROWS 8
-// Rows and columns of an output tile of the two products.
+// Output tiles of the two products: rows, columns, threads, and dynamic shared memory for three stages of 64 in depth. The small
+// tile is for devices without so much shared memory, and for few rows.
 #define CROSS_ENTROPY_TILE_ROWS 128
 #define CROSS_ENTROPY_TILE_COLUMNS 256
-// Three stages of 64 elements in depth of both operands.
-#define CROSS_ENTROPY_SHARED_BYTES 147456
+#define CROSS_ENTROPY_TILE_THREADS 256
+#define CROSS_ENTROPY_TILE_SHARED 147456
+#define CROSS_ENTROPY_SMALL_COLUMNS 128
+#define CROSS_ENTROPY_SMALL_THREADS 128
+#define CROSS_ENTROPY_SMALL_SHARED 98304
+// Depth of a stage.
+#define CROSS_ENTROPY_DEPTH 64
+// Rows that a block of cross_entropy_gradient_sum makes.
+#define CROSS_ENTROPY_SUM_ROWS 8
 
 // A chunk: targets [first_target, first_target + num_rows) of the step, as far as there are so many. C num_rows,
 // G = ceil(V / 64) groups of columns, Vp the row length of logits: V rounded up to 64.
@@ -52,7 +57,7 @@ struct CrossEntropyClearParams {
 // cross_entropy_gradient, cross_entropy_gradient_sum.
 struct CrossEntropyGradientParams {
     PTR(bf16) d_x;             // [T, D] rows that have a target
-    PTR(float) partial;        // [num_multiprocessors, 128, 256] sums of tiles over a part of the vocabulary
+    PTR(float) partial;        // [num_multiprocessors, tile] sums of tiles over a part of the vocabulary
     PTR(const bf16) d_logits;  // [C, Vp]
     PTR(const bf16) head;      // [V, D]
     PTR(const StepStateDevice) step;

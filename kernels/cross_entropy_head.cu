@@ -6,11 +6,11 @@
 //
 // x, d_x [T, D], W [V, D], z and d_z [C, Vp] bf16; the statistics f32. T tokens, D hidden_size, V vocab_size, C rows of the
 // chunk, Vp = V rounded up to 64.
-// Tiles of 128 rows and 256 columns by 8 warps of 64 by 64, 144 KB of shared memory, one block per multiprocessor.
-// grid: logits (C / 128, V / 256), so that the row tiles that read the same part of W run together; gradient (tiles, at least one
-// block per multiprocessor), block 256.
+// Tiles of 128 rows and 256 columns by 8 warps of 64 by 64, 144 KB of shared memory, block 256; _small: 128 columns by 4 warps,
+// 96 KB, block 128. One block per multiprocessor. grid: logits (C / 128, V / columns), so that the row tiles that read the same
+// part of W run together; gradient (tiles, or parts of tiles).
 // Where the gradient has tiles for half of the multiprocessors or fewer (the last rows of a step), its sum over V is cut into
-// parts that run side by side; cross_entropy_gradient_sum adds them in order. grid (multiprocessors / 2 * 16), block 256.
+// parts that run side by side; cross_entropy_gradient_sum adds them in order. grid (tiles * 16).
 // f32 accumulation in a fixed order, one rounding to bf16: deterministic. The statistics are of the unrounded logits.
 // Preconditions (the launcher checks): D a multiple of 8, rows 16-byte aligned; d_z is zero from V to Vp.
 // Cost: 2 V D FLOP per row in each; 1.27 TFLOP for 2,048 rows of V 151,936 and D 2,048, 1.6 ms at 790 TFLOP/s. W and z pass
@@ -22,12 +22,15 @@
 #include "cross_entropy.h"
 
 namespace {
-using Tile = GemmTile<CROSS_ENTROPY_TILE_ROWS, CROSS_ENTROPY_TILE_COLUMNS, 2, 4>;
-static_assert(Tile::kThreads == CROSS_ENTROPY_MATMUL_THREADS, "what the launcher launches");
+using LargeTile = GemmTile<CROSS_ENTROPY_TILE_ROWS, CROSS_ENTROPY_TILE_COLUMNS, 2, 4>;
+using SmallTile = GemmTile<CROSS_ENTROPY_TILE_ROWS, CROSS_ENTROPY_SMALL_COLUMNS, 2, 2>;
+static_assert(LargeTile::kThreads == CROSS_ENTROPY_TILE_THREADS && SmallTile::kThreads == CROSS_ENTROPY_SMALL_THREADS &&
+                  kGemmDepth == CROSS_ENTROPY_DEPTH,
+              "what the launcher launches");
 constexpr unsigned kGroup = CROSS_ENTROPY_GROUP;
-static_assert(Tile::kWarpN == kGroup, "a warp holds a whole group of a row");
+static_assert(LargeTile::kWarpN == kGroup && SmallTile::kWarpN == kGroup, "a warp holds a whole group of a row");
 // A row of a warp's results on its way out: 128 bytes and 16 of padding.
-constexpr unsigned kOutRow = Tile::kWarpN + kVector;
+constexpr unsigned kOutRow = kGroup + kVector;
 
 // Rows of the chunk that exist.
 DEVICE unsigned rows_of_chunk(const StepStateDevice* step, unsigned first_target, unsigned num_rows) {
@@ -37,10 +40,11 @@ DEVICE unsigned rows_of_chunk(const StepStateDevice* step, unsigned first_target
 }
 
 // Rows of x that have a target. Their places are looked up once.
+template <class Tile>
 struct TargetRows : Stage<Tile::kM, false> {
     static constexpr bool kStaged = false;
     static constexpr unsigned kPartsPerRow = kGemmDepth / 8;
-    static constexpr unsigned kPerThread = kParts / Tile::kThreads;
+    static constexpr unsigned kPerThread = Tile::kM * kPartsPerRow / Tile::kThreads;
     const bf16* row[kPerThread];
     unsigned rows_left, num_cols;
 
@@ -60,18 +64,26 @@ struct TargetRows : Stage<Tile::kM, false> {
         }
     }
 };
+template <class Tile>
 using HeadRows = CopiedRows<Tile, Tile::kN, false>;
+template <class Tile>
 using GradientRows = CopiedRows<Tile, Tile::kM, false>;
+template <class Tile>
 using HeadColumns = CopiedRows<Tile, Tile::kN, true>;
-static_assert(gemm_shared_elements<Tile, TargetRows, HeadRows>() * sizeof(bf16) == CROSS_ENTROPY_SHARED_BYTES &&
-                  gemm_shared_elements<Tile, GradientRows, HeadColumns>() * sizeof(bf16) == CROSS_ENTROPY_SHARED_BYTES &&
-                  Tile::kM * Tile::kN / Tile::kWarpN * kOutRow * sizeof(bf16) <= CROSS_ENTROPY_SHARED_BYTES,
+
+template <class Tile>
+constexpr bool fits(unsigned shared_bytes) {
+    return gemm_shared_elements<Tile, TargetRows<Tile>, HeadRows<Tile>>() * sizeof(bf16) == shared_bytes &&
+           gemm_shared_elements<Tile, GradientRows<Tile>, HeadColumns<Tile>>() * sizeof(bf16) == shared_bytes &&
+           Tile::kM * Tile::kN / kGroup * kOutRow * sizeof(bf16) <= shared_bytes;
+}
+static_assert(fits<LargeTile>(CROSS_ENTROPY_TILE_SHARED) && fits<SmallTile>(CROSS_ENTROPY_SMALL_SHARED),
               "what the launcher asks for");
 
 // This warp's results, as bf16, through shared memory to global, 16 bytes at a time: out_row(row) is where the warp's first
 // column of its row `row` goes, null where it is not wanted.
-template <class OutRow>
-DEVICE void store_warp_tile(Tile::Sums& sums, bf16* shared, unsigned num_columns, OutRow out_row) {
+template <class Tile, class OutRow>
+DEVICE void store_warp_tile(typename Tile::Sums& sums, bf16* shared, unsigned num_columns, OutRow out_row) {
     const unsigned lane = threadIdx.x % kWarpSize;
     bf16* const tile = shared + threadIdx.x / kWarpSize * Tile::kWarpM * kOutRow;
     for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
@@ -103,6 +115,7 @@ struct GradientParts {
     unsigned num_rows, col_tiles, num_tiles, num_parts, steps_per_part;
 };
 
+template <class Tile>
 DEVICE GradientParts gradient_parts(const CrossEntropyGradientParams& p) {
     GradientParts cut;
     cut.num_rows = rows_of_chunk(p.step, p.first_target, p.num_rows);
@@ -117,22 +130,21 @@ DEVICE GradientParts gradient_parts(const CrossEntropyGradientParams& p) {
 }
 
 // Where a part's sums of row `row` of tile `tile` are, in f32.
+template <class Tile>
 DEVICE float* partial_row(const CrossEntropyGradientParams& p, const GradientParts& cut, unsigned part, unsigned tile,
                           unsigned row) {
     return p.partial + (static_cast<size_t>(part * cut.num_tiles + tile) * Tile::kM + row) * Tile::kN;
 }
-}  // namespace
-
-KERNEL(cross_entropy_logits, CrossEntropyLogitsParams, p, CROSS_ENTROPY_MATMUL_THREADS) {
-    DYNAMIC_SHARED(bf16, shared);
+template <class Tile>
+DEVICE void logits_tile(const CrossEntropyLogitsParams& p, bf16* shared) {
     const unsigned num_rows = rows_of_chunk(p.step, p.first_target, p.num_rows);
     const unsigned first_row = blockIdx.x * Tile::kM, first_col = blockIdx.y * Tile::kN;
     if (first_row >= num_rows) return;
     const unsigned warp_row = first_row + Tile::warp_row(), warp_col = first_col + Tile::warp_col();
     const bool active = warp_row < num_rows && warp_col < p.vocab_size;
-    TargetRows x(p, first_row, num_rows);
-    HeadRows head(aligned_rows_of(p.head, p.hidden_size, p.vocab_size, p.hidden_size), first_col);
-    Tile::Sums z = {};
+    TargetRows<Tile> x(p, first_row, num_rows);
+    HeadRows<Tile> head(aligned_rows_of(p.head, p.hidden_size, p.vocab_size, p.hidden_size), first_col);
+    typename Tile::Sums z = {};
     accumulate<Tile>(z, shared, x, head, p.hidden_size, active);
     if (!active) return;
 
@@ -164,14 +176,14 @@ KERNEL(cross_entropy_logits, CrossEntropyLogitsParams, p, CROSS_ENTROPY_MATMUL_T
     }
     if (!p.logits) return;
     const size_t row_length = static_cast<size_t>(num_groups) * kGroup;
-    store_warp_tile(z, shared, kGroup, [&](unsigned row) {
+    store_warp_tile<Tile>(z, shared, kGroup, [&](unsigned row) {
         return warp_row + row < num_rows ? p.logits + (warp_row + row) * row_length + warp_col : nullptr;
     });
 }
 
-KERNEL(cross_entropy_gradient, CrossEntropyGradientParams, p, CROSS_ENTROPY_MATMUL_THREADS) {
-    DYNAMIC_SHARED(bf16, shared);
-    const GradientParts cut = gradient_parts(p);
+template <class Tile>
+DEVICE void gradient_tile(const CrossEntropyGradientParams& p, bf16* shared) {
+    const GradientParts cut = gradient_parts<Tile>(p);
     if (blockIdx.x >= cut.num_tiles * cut.num_parts) return;
     const unsigned part = blockIdx.x / cut.num_tiles, tile = blockIdx.x % cut.num_tiles;
     const unsigned tile_row = tile / cut.col_tiles * Tile::kM, tile_col = tile % cut.col_tiles * Tile::kN;
@@ -180,45 +192,72 @@ KERNEL(cross_entropy_gradient, CrossEntropyGradientParams, p, CROSS_ENTROPY_MATM
     const size_t row_length = static_cast<size_t>((p.vocab_size + kGroup - 1) / kGroup) * kGroup;
     const unsigned start = part * cut.steps_per_part * kGemmDepth, left = p.vocab_size - start;
     const unsigned depth = left < cut.steps_per_part * kGemmDepth ? left : cut.steps_per_part * kGemmDepth;
-    GradientRows d_logits(aligned_rows_of(p.d_logits + start, row_length, cut.num_rows, depth), tile_row);
+    GradientRows<Tile> d_logits(aligned_rows_of(p.d_logits + start, row_length, cut.num_rows, depth), tile_row);
     const bf16* const head_start = p.head + static_cast<size_t>(start) * p.hidden_size;
-    HeadColumns head(aligned_rows_of(head_start, p.hidden_size, depth, p.hidden_size), tile_col);
-    Tile::Sums d = {};
+    HeadColumns<Tile> head(aligned_rows_of(head_start, p.hidden_size, depth, p.hidden_size), tile_col);
+    typename Tile::Sums d = {};
     accumulate<Tile>(d, shared, d_logits, head, depth, active);
     if (!active) return;
 
     if (cut.num_parts > 1) {
         for_each_fragment<Tile>(d, [&](unsigned row, unsigned col, float(&sum)[4]) {
             for (unsigned half = 0; half < 2; ++half) {
-                float* const to = partial_row(p, cut, part, tile, row + half * 8) + col;
+                float* const to = partial_row<Tile>(p, cut, part, tile, row + half * 8) + col;
                 to[0] = sum[2 * half], to[1] = sum[2 * half + 1];
             }
         });
         return;
     }
-    store_warp_tile(d, shared, p.hidden_size - warp_col, [&](unsigned row) -> bf16* {
+    store_warp_tile<Tile>(d, shared, p.hidden_size - warp_col, [&](unsigned row) -> bf16* {
         if (warp_row + row >= cut.num_rows) return nullptr;
         const size_t token = p.step->target_rows[p.first_target + warp_row + row];
         return p.d_x + token * p.hidden_size + warp_col;
     });
 }
 
-// A warp makes a row of a tile.
-KERNEL(cross_entropy_gradient_sum, CrossEntropyGradientParams, p, CROSS_ENTROPY_MATMUL_THREADS) {
-    static_assert(CROSS_ENTROPY_SUM_ROWS * kWarpSize == CROSS_ENTROPY_MATMUL_THREADS && Tile::kN == kWarpSize * kVector,
-                  "a warp for each row");
-    const GradientParts cut = gradient_parts(p);
-    const unsigned at = blockIdx.x * CROSS_ENTROPY_SUM_ROWS + threadIdx.x / kWarpSize;
-    const unsigned tile = at / Tile::kM, row = at % Tile::kM, col = threadIdx.x % kWarpSize * kVector;
+template <class Tile>
+DEVICE void sum_parts(const CrossEntropyGradientParams& p) {
+    constexpr unsigned kThreadsPerRow = Tile::kN / kVector;
+    static_assert(Tile::kThreads / kThreadsPerRow == CROSS_ENTROPY_SUM_ROWS, "what the launcher launches");
+    const GradientParts cut = gradient_parts<Tile>(p);
+    const unsigned at = blockIdx.x * CROSS_ENTROPY_SUM_ROWS + threadIdx.x / kThreadsPerRow;
+    const unsigned tile = at / Tile::kM, row = at % Tile::kM, col = threadIdx.x % kThreadsPerRow * kVector;
     if (cut.num_parts < 2 || tile >= cut.num_tiles) return;
     const unsigned chunk_row = tile / cut.col_tiles * Tile::kM + row, d_x_col = tile % cut.col_tiles * Tile::kN + col;
     if (chunk_row >= cut.num_rows || d_x_col >= p.hidden_size) return;
     float sum[kVector] = {};
     for (unsigned part = 0; part < cut.num_parts; ++part) {
         float values[kVector];
-        load8(values, partial_row(p, cut, part, tile, row) + col);
+        load8(values, partial_row<Tile>(p, cut, part, tile, row) + col);
         for (unsigned i = 0; i < kVector; ++i) sum[i] += values[i];
     }
     const size_t token = p.step->target_rows[p.first_target + chunk_row];
     store8(p.d_x + token * p.hidden_size + d_x_col, sum);
+}
+}  // namespace
+
+KERNEL(cross_entropy_logits, CrossEntropyLogitsParams, p, CROSS_ENTROPY_TILE_THREADS) {
+    DYNAMIC_SHARED(bf16, shared);
+    logits_tile<LargeTile>(p, shared);
+}
+
+KERNEL(cross_entropy_logits_small, CrossEntropyLogitsParams, p, CROSS_ENTROPY_SMALL_THREADS) {
+    DYNAMIC_SHARED(bf16, shared);
+    logits_tile<SmallTile>(p, shared);
+}
+
+KERNEL(cross_entropy_gradient, CrossEntropyGradientParams, p, CROSS_ENTROPY_TILE_THREADS) {
+    DYNAMIC_SHARED(bf16, shared);
+    gradient_tile<LargeTile>(p, shared);
+}
+
+KERNEL(cross_entropy_gradient_small, CrossEntropyGradientParams, p, CROSS_ENTROPY_SMALL_THREADS) {
+    DYNAMIC_SHARED(bf16, shared);
+    gradient_tile<SmallTile>(p, shared);
+}
+
+KERNEL(cross_entropy_gradient_sum, CrossEntropyGradientParams, p, CROSS_ENTROPY_TILE_THREADS) { sum_parts<LargeTile>(p); }
+
+KERNEL(cross_entropy_gradient_sum_small, CrossEntropyGradientParams, p, CROSS_ENTROPY_SMALL_THREADS) {
+    sum_parts<SmallTile>(p);
 }

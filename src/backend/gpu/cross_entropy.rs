@@ -3,10 +3,12 @@
 use super::driver::{Grid, Kernel};
 use super::elementwise::{VECTOR, dense};
 use super::params::{
-    CROSS_ENTROPY_CLEAR_THREADS, CROSS_ENTROPY_GROUP, CROSS_ENTROPY_MATMUL_THREADS,
-    CROSS_ENTROPY_SHARED_BYTES, CROSS_ENTROPY_SUM_ROWS, CROSS_ENTROPY_THREADS,
-    CROSS_ENTROPY_TILE_COLUMNS, CROSS_ENTROPY_TILE_ROWS, CrossEntropyClearParams,
-    CrossEntropyGradientParams, CrossEntropyLogitsParams, CrossEntropyLossParams,
+    CROSS_ENTROPY_CLEAR_THREADS, CROSS_ENTROPY_DEPTH, CROSS_ENTROPY_GROUP,
+    CROSS_ENTROPY_SMALL_COLUMNS, CROSS_ENTROPY_SMALL_SHARED, CROSS_ENTROPY_SMALL_THREADS,
+    CROSS_ENTROPY_SUM_ROWS, CROSS_ENTROPY_THREADS, CROSS_ENTROPY_TILE_COLUMNS,
+    CROSS_ENTROPY_TILE_ROWS, CROSS_ENTROPY_TILE_SHARED, CROSS_ENTROPY_TILE_THREADS,
+    CrossEntropyClearParams, CrossEntropyGradientParams, CrossEntropyLogitsParams,
+    CrossEntropyLossParams,
 };
 use super::{Gpu, check};
 use crate::error::{Error, Result};
@@ -15,10 +17,6 @@ use crate::store::Weight;
 use crate::tensor::{DType, Tensor};
 
 const OP: &str = "linear_cross_entropy";
-const LOGITS: Kernel = Kernel {
-    name: "cross_entropy_logits",
-    threads: CROSS_ENTROPY_MATMUL_THREADS,
-};
 const LOSS: Kernel = Kernel {
     name: "cross_entropy_loss",
     threads: CROSS_ENTROPY_THREADS,
@@ -27,16 +25,65 @@ const CLEAR: Kernel = Kernel {
     name: "cross_entropy_clear",
     threads: CROSS_ENTROPY_CLEAR_THREADS,
 };
-const GRADIENT: Kernel = Kernel {
-    name: "cross_entropy_gradient",
-    threads: CROSS_ENTROPY_MATMUL_THREADS,
+
+/// The products' kernels for one size of tile.
+#[derive(Debug, Clone, Copy)]
+struct Products {
+    logits: Kernel,
+    gradient: Kernel,
+    gradient_sum: Kernel,
+    columns: u32,
+    shared_bytes: u32,
+}
+
+const LARGE: Products = Products {
+    logits: large("cross_entropy_logits"),
+    gradient: large("cross_entropy_gradient"),
+    gradient_sum: large("cross_entropy_gradient_sum"),
+    columns: CROSS_ENTROPY_TILE_COLUMNS,
+    shared_bytes: CROSS_ENTROPY_TILE_SHARED,
 };
-const GRADIENT_SUM: Kernel = Kernel {
-    name: "cross_entropy_gradient_sum",
-    threads: CROSS_ENTROPY_MATMUL_THREADS,
+const SMALL: Products = Products {
+    logits: small("cross_entropy_logits_small"),
+    gradient: small("cross_entropy_gradient_small"),
+    gradient_sum: small("cross_entropy_gradient_sum_small"),
+    columns: CROSS_ENTROPY_SMALL_COLUMNS,
+    shared_bytes: CROSS_ENTROPY_SMALL_SHARED,
 };
-/// Stages of depth that the products go through.
-const DEPTH: u32 = 64;
+
+const fn large(name: &'static str) -> Kernel {
+    Kernel {
+        name,
+        threads: CROSS_ENTROPY_TILE_THREADS,
+    }
+}
+
+const fn small(name: &'static str) -> Kernel {
+    Kernel {
+        name,
+        threads: CROSS_ENTROPY_SMALL_THREADS,
+    }
+}
+
+impl Products {
+    /// The large tile where it fits into shared memory (99 KB on GPUs for desktops) and there is more than one of its rows.
+    fn of(gpu: &Gpu, capacity: usize) -> Self {
+        let is_desktop = matches!(gpu.driver().info().capability, (8, 6 | 9) | (12, _));
+        if is_desktop || capacity <= CROSS_ENTROPY_TILE_ROWS as usize {
+            SMALL
+        } else {
+            LARGE
+        }
+    }
+
+    fn grid(self, grid: Grid) -> Grid {
+        Grid {
+            dynamic_shared_bytes: self.shared_bytes,
+            ..grid
+        }
+    }
+}
+
 /// Logits held at once: 2,048 rows of 151,936.
 const LOGITS_BYTES: usize = 640_000_000;
 /// Rows that fill the device with tiles; more gain nothing.
@@ -107,7 +154,8 @@ pub(super) fn forward_backward(
     let group_sum = frame.take("group_sum", rows * num_groups * 4)?;
     let target_logit = frame.take("target_logit", rows * 4)?;
     let num_multiprocessors = gpu.driver().info().num_multiprocessors;
-    let tile_bytes = CROSS_ENTROPY_TILE_ROWS * CROSS_ENTROPY_TILE_COLUMNS * 4;
+    let products = Products::of(gpu, x.capacity);
+    let tile_bytes = CROSS_ENTROPY_TILE_ROWS * products.columns * 4;
     let partial = match d_x {
         Some(_) => frame.take("partial", (num_multiprocessors * tile_bytes) as usize)?,
         None => 0,
@@ -139,8 +187,8 @@ pub(super) fn forward_backward(
             hidden_size,
             vocab_size,
         };
-        let grid = Grid::plane(row_tiles, vocab_size.div_ceil(CROSS_ENTROPY_TILE_COLUMNS));
-        gpu.launch(LOGITS, matmul(grid), &params)?;
+        let grid = Grid::plane(row_tiles, vocab_size.div_ceil(products.columns));
+        gpu.launch(products.logits, products.grid(grid), &params)?;
         let params = CrossEntropyLossParams {
             token_loss,
             logits,
@@ -169,21 +217,15 @@ pub(super) fn forward_backward(
             reserved: 0,
         };
         // As many tiles as there may be, or, where there are fewer than multiprocessors, parts of their sums.
-        let tiles = row_tiles * hidden_size.div_ceil(CROSS_ENTROPY_TILE_COLUMNS);
-        let parts = (tiles * vocab_size.div_ceil(DEPTH)).min(num_multiprocessors);
-        gpu.launch(GRADIENT, matmul(Grid::line(tiles.max(parts))), &params)?;
+        let tiles = row_tiles * hidden_size.div_ceil(products.columns);
+        let parts = (tiles * vocab_size.div_ceil(CROSS_ENTROPY_DEPTH)).min(num_multiprocessors);
+        let grid = products.grid(Grid::line(tiles.max(parts)));
+        gpu.launch(products.gradient, grid, &params)?;
         let tiles_in_parts = tiles.min(num_multiprocessors / 2);
         let blocks = tiles_in_parts * (CROSS_ENTROPY_TILE_ROWS / CROSS_ENTROPY_SUM_ROWS);
-        gpu.launch(GRADIENT_SUM, Grid::line(blocks), &params)?;
+        gpu.launch(products.gradient_sum, Grid::line(blocks), &params)?;
     }
     Ok(())
-}
-
-fn matmul(grid: Grid) -> Grid {
-    Grid {
-        dynamic_shared_bytes: CROSS_ENTROPY_SHARED_BYTES,
-        ..grid
-    }
 }
 
 fn check_targets(state: &StepState, vocab_size: usize) -> Result<()> {
