@@ -105,7 +105,7 @@ struct PrepareShared {
     bf16 *k, *v, *for_w, *for_u;
     float *solver, *gamma, *beta, *k_rstd, *q_rstd;
 
-    __device__ __forceinline__ explicit PrepareShared(unsigned char* memory) {
+    METHOD explicit PrepareShared(unsigned char* memory) {
         SharedPieces pieces{memory};
         k = pieces.take<bf16>(kChunk * (kDim + kTilePadding));
         v = pieces.take<bf16>(kChunk * (kDim + kTilePadding));

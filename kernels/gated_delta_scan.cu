@@ -37,7 +37,7 @@ struct Stage {
     bf16 *w, *k, *q, *scores, *slice;
     float *gamma, *k_rstd, *q_rstd;
 
-    __device__ __forceinline__ Stage(unsigned char* memory, unsigned which) {
+    METHOD Stage(unsigned char* memory, unsigned which) {
         SharedPieces pieces{memory + which * kBytes};
         w = pieces.take<bf16>(kTile);
         k = pieces.take<bf16>(kTile);
@@ -62,25 +62,25 @@ struct Walk {
     const StepStateDevice* step;
     unsigned sequence, index, count;  // of the sequence's chunks: which, and how many
 
-    __device__ __forceinline__ explicit Walk(const StepStateDevice* state) : step(state), sequence(blockIdx.z), index(0), count(0) {
+    METHOD explicit Walk(const StepStateDevice* state) : step(state), sequence(blockIdx.z), index(0), count(0) {
         skip_empty();
     }
-    __device__ __forceinline__ bool is_done() const { return sequence >= step->num_sequences; }
-    __device__ __forceinline__ unsigned num_chunks() const {
+    METHOD bool is_done() const { return sequence >= step->num_sequences; }
+    METHOD unsigned num_chunks() const {
         return (step->cu_seqlens[sequence + 1] - step->cu_seqlens[sequence] + kChunk - 1) / kChunk;
     }
-    __device__ __forceinline__ Chunk chunk() const {
+    METHOD Chunk chunk() const {
         const unsigned at = kBackward ? count - 1 - index : index;
         const unsigned start = step->cu_seqlens[sequence] + at * kChunk, left = step->cu_seqlens[sequence + 1] - start;
         return {start, left < kChunk ? left : kChunk, at == 0, at + 1 == count};
     }
-    __device__ __forceinline__ void advance() {
+    METHOD void advance() {
         if (++index < count) return;
         index = 0;
         sequence += gridDim.z;
         skip_empty();
     }
-    __device__ __forceinline__ void skip_empty() {
+    METHOD void skip_empty() {
         for (; !is_done(); sequence += gridDim.z) {
             count = num_chunks();
             if (count > 0) return;
@@ -92,10 +92,10 @@ struct Walk {
 struct Place {
     unsigned head, key_head, column;  // column: the block's first of dv
 
-    __device__ __forceinline__ explicit Place(const GatedDeltaParams& p)
+    METHOD explicit Place(const GatedDeltaParams& p)
         : head(blockIdx.y), key_head(blockIdx.y * p.num_key_heads / p.num_value_heads), column(blockIdx.x * kColumns) {}
     // The warp's first column, in the block's slice.
-    __device__ __forceinline__ unsigned own() const { return threadIdx.x / kWarpSize * 16; }
+    METHOD unsigned own() const { return threadIdx.x / kWarpSize * 16; }
 };
 
 template <unsigned kDim, Pass kPass>
@@ -160,8 +160,8 @@ DEVICE void write_state(bf16* states, const Strip<kDim>& state, unsigned row, un
         const unsigned column = tile * 8 + lane % 4 * 2;
         if (column >= dk) continue;
         bf16* const at = states + (row + lane / 4) * dk + column;
-        *reinterpret_cast<uint32_t*>(at) = pack_pair(state.part[tile][0], state.part[tile][1]);
-        *reinterpret_cast<uint32_t*>(at + 8 * dk) = pack_pair(state.part[tile][2], state.part[tile][3]);
+        *reinterpret_cast<uint32_t*>(at) = pack_bf16_pair(state.part[tile][0], state.part[tile][1]);
+        *reinterpret_cast<uint32_t*>(at + 8 * dk) = pack_bf16_pair(state.part[tile][2], state.part[tile][3]);
     }
 }
 
