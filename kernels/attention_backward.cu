@@ -150,9 +150,10 @@ DEVICE void backward_query(const AttentionBackwardParams& p, bf16* shared) {
 }
 
 // s := P, d_p := dS, of rows that are keys from `key0` (the warp's) and columns from `column` on of the tile of queries at `query0`.
+// Queries beyond the last are rows of zeros: whatever their P, they add nothing.
 template <unsigned kHeadDim, unsigned kM, unsigned kN>
 DEVICE void key_scores(float (&s)[kM][kN][4], float (&d_p)[kM][kN][4], const AttentionBackwardParams& p, const Tiles<kHeadDim>& tiles,
-                       unsigned key0, unsigned query0, unsigned column, bool is_border, unsigned query_end) {
+                       unsigned key0, unsigned query0, unsigned column, bool is_border) {
     const unsigned lane = threadIdx.x % kWarpSize;
     UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 0; i < 2; ++i) {
         const unsigned at = column + n * 8 + lane % 4 * 2 + i, query = query0 + at;
@@ -160,7 +161,7 @@ DEVICE void key_scores(float (&s)[kM][kN][4], float (&d_p)[kM][kN][4], const Att
         const unsigned first = is_border ? first_key(query, tiles.sequence_start[at], p.window) : 0;
         UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
             const unsigned key = key0 + m * 16 + half * 8 + lane / 4;
-            const bool is_seen = !is_border || (first <= key && key <= query && query < query_end);
+            const bool is_seen = !is_border || (first <= key && key <= query);
             float &score = s[m][n][2 * half + i], &gradient = d_p[m][n][2 * half + i];
             score = is_seen ? exp2_approx(score * (p.scale * kLog2E) - lse) : 0.0f;
             gradient = score * (gradient - delta);
@@ -228,7 +229,7 @@ DEVICE void backward_key(const AttentionBackwardParams& p, bf16* shared) {
         multiply_rows<kHeadDim>(s, tiles.own_first + part.row * kStride, tiles.first + part.score * kStride);
         const bool is_border = query0 < key0 + kTile - 1 || query0 + kTile > query_end ||
                                first_key(query0 + kTile - 1, tiles.sequence_start[kTile - 1], p.window) > key0;
-        key_scores(s, d_p, p, tiles, key0 + part.row, query0, part.score, is_border, query_end);
+        key_scores(s, d_p, p, tiles, key0 + part.row, query0, part.score, is_border);
         write_fragments<kScoreStride>(own_scores + part.score, s, 1.0f);
         __syncthreads();  // P is here
         multiply_scores<kHeadDim>(d_v, own_scores, tiles.second + part.column);

@@ -83,16 +83,17 @@ DEVICE void add_values(float (&o)[kM][kHeadDim / 8][4], const float (&s)[kM][kKe
 
 // o / sum and lse of the warp's rows. `warp_tile` is where its queries were, which no other warp reads.
 template <unsigned kHeadDim, unsigned kM>
-DEVICE void store_rows(const AttentionForwardParams& p, float (&o)[kM][kHeadDim / 8][4], const Rows<kM>& rows, bf16* warp_tile, unsigned warp_query,
-                       unsigned tokens) {
+DEVICE void store_rows(const AttentionForwardParams& p, float (&o)[kM][kHeadDim / 8][4], const Rows<kM>& rows, bf16* warp_tile,
+                       unsigned warp_query, unsigned tokens) {
     const unsigned lane = threadIdx.x % kWarpSize;
     UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
         float sum = rows.sum[m][half];
         sum += __shfl_xor_sync(kFullMask, sum, 1);
         sum += __shfl_xor_sync(kFullMask, sum, 2);
+        const float inverse = 1.0f / sum;
         UNROLL for (unsigned n = 0; n < kHeadDim / 8; ++n) {
-            o[m][n][2 * half] /= sum;
-            o[m][n][2 * half + 1] /= sum;
+            o[m][n][2 * half] *= inverse;
+            o[m][n][2 * half + 1] *= inverse;
         }
         const size_t query = warp_query + m * 16 + half * 8 + lane / 4;
         if (lane % 4 == 0 && query < tokens)

@@ -57,10 +57,10 @@ DEVICE Lane begin_lane(const Params& p) {
 DEVICE void rotate(float (&x)[kVector], const Lane& own, float sign, float* exchange) {
     const unsigned lane = threadIdx.x % kWarpSize;
     for (unsigned i = 0; i < kVector; ++i) exchange[i * kWarpSize + lane] = x[i];
-    __syncwarp();
+    __syncwarp();  // written
     for (unsigned i = 0; i < kVector; ++i)
         if (own.is_used) x[i] = x[i] * own.cos[i] + exchange[own.partner[i]] * (sign * own.sin[i]);
-    __syncwarp();
+    __syncwarp();  // read
 }
 
 // Sum over the lanes of a head, in each of them. All lanes of the warp call it.

@@ -144,6 +144,26 @@ fn a_run_stopped_at_every_step_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn moments_in_8_bits_resume_with_the_same_bytes_and_only_with_their_optimizer() {
+    let whole = project("optimizer: adamw_8bit\n");
+    whole.succeed("train", &[]);
+    let expected = result(&whole);
+    assert!(expected.adapter != uninterrupted().adapter);
+    let stopped = project("optimizer: adamw_8bit\n");
+    run_until(&stopped, 7);
+    let checkpoint = stopped.path("out/checkpoints/step-7");
+    let from = format!("resume_from_checkpoint={}", checkpoint.display());
+    let output = stopped.run("train", &["--set", "optimizer=adamw", "--set", &from]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        text.contains("holds the moments of `optimizer: adamw_8bit`, this run has `adamw`"),
+        "{text}"
+    );
+    run_until(&stopped, 0);
+    assert!(result(&stopped) == expected);
+}
+
+#[test]
 fn two_runs_and_other_thread_counts_give_the_same_bytes() {
     let expected = uninterrupted();
     let project = project("");

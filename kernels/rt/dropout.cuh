@@ -40,16 +40,16 @@ DEVICE void drop_part(Words4& part, const Dropout& mask, unsigned row, unsigned 
 }
 
 // What is kept of fragments n < kFragments of a row of them: bit 4 n + i is element i of the n-th, whose columns are col + 8 n.
-// Two neighbouring lanes share the four columns of a quad: one makes its words for row `row`, the other for row + 8. All lanes
-// of the warp call it, with the rows and columns that mma_16x8x16 gives them.
+// Two neighbouring lanes share the four columns of a quad: one makes its words for the fragments' upper row, the other for the
+// lower. All lanes of the warp call it, with the rows and columns that mma_16x8x16 gives them.
 template <unsigned kFragments>
-DEVICE uint32_t kept_of_fragments(const Dropout& mask, unsigned row, unsigned col) {
+DEVICE uint32_t kept_of_fragments(const Dropout& mask, unsigned upper_row, unsigned lower_row, unsigned col) {
     static_assert(kFragments <= 8, "one word");
     const bool is_odd = col / 2 % 2 != 0;
     uint32_t kept = 0;
     // A loop: unrolled, its words would take the registers of the sums.
     NO_UNROLL for (unsigned n = 0; n < kFragments; ++n) {
-        const Philox4 own = dropout_words(mask, is_odd ? row + 8 : row, col / 4 + 2 * n);
+        const Philox4 own = dropout_words(mask, is_odd ? lower_row : upper_row, col / 4 + 2 * n);
         uint32_t own_kept = 0;
         UNROLL for (unsigned i = 0; i < 4; ++i) own_kept |= static_cast<uint32_t>(own.word[i] >= mask.threshold) << i;
         const uint32_t other_kept = __shfl_xor_sync(kFullMask, own_kept, 1);
@@ -60,17 +60,25 @@ DEVICE uint32_t kept_of_fragments(const Dropout& mask, unsigned row, unsigned co
     return kept;
 }
 
-// For add_low_rank: sum += mask(product), kept elements scaled. The tile lies at (first_row, first_col).
+// For add_low_rank: sum += mask(product), kept elements scaled. The tile lies at (first_row, first_col); row r of the matrix is
+// token r of the micro-batch, or tokens[r], as far as there are rows.
 template <class Tile>
 struct AddDropped {
     Dropout mask;
     unsigned first_row, first_col;
+    const uint32_t* tokens;
+    unsigned num_rows;
     uint32_t kept = 0;
 
-    METHOD AddDropped(const Dropout& mask, unsigned first_row, unsigned first_col)
-        : mask(mask), first_row(first_row), first_col(first_col) {}
+    METHOD AddDropped(const Dropout& mask, unsigned first_row, unsigned first_col, const uint32_t* tokens = nullptr,
+                      unsigned num_rows = 0)
+        : mask(mask), first_row(first_row), first_col(first_col), tokens(tokens), num_rows(num_rows) {}
+    METHOD unsigned token(unsigned row) const {
+        if (!tokens) return first_row + row;
+        return first_row + row < num_rows ? tokens[first_row + row] : 0;
+    }
     METHOD void begin(unsigned row, unsigned col) {
-        kept = mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, first_row + row, first_col + col) : ~0u;
+        kept = mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, token(row), token(row + 8), first_col + col) : ~0u;
     }
     METHOD void operator()(unsigned n, unsigned, float (&sum)[4], const float (&product)[4]) const {
         UNROLL for (unsigned i = 0; i < 4; ++i)

@@ -125,8 +125,8 @@ struct CopiedRows : Stage<kExtent, kAlongRowsOfIt> {
     }
 };
 
-// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch. What is kept is not scaled: that is left to whoever
-// has the sums, so that what is multiplied is exact in bf16.
+// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]. What is kept is not scaled: that is
+// left to whoever has the sums, so that what is multiplied is exact in bf16.
 template <class Tile, unsigned kExtent, bool kAlongRowsOfIt>
 struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
     using S = Stage<kExtent, kAlongRowsOfIt>;
@@ -136,10 +136,12 @@ struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
     Rows matrix;
     unsigned first;
     Dropout mask;
+    const uint32_t* tokens;
     unsigned fetched_step = 0;
     Words4 part[kPerThread] = {};
 
-    METHOD DroppedRows(const Rows& matrix, unsigned first, const Dropout& mask) : matrix(matrix), first(first), mask(mask) {}
+    METHOD DroppedRows(const Rows& matrix, unsigned first, const Dropout& mask, const uint32_t* tokens = nullptr)
+        : matrix(matrix), first(first), mask(mask), tokens(tokens) {}
 
     METHOD void fetch(unsigned step) {
         fetched_step = step;
@@ -161,8 +163,9 @@ struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
             const unsigned at = threadIdx.x + i * Tile::kThreads;
             const unsigned row = at / (S::kCols / 8), col = at % (S::kCols / 8);
             Words4 kept = part[i];
-            if (mask.is_on)
-                drop_part(kept, mask, S::matrix_row(first, fetched_step, row), S::matrix_col(first, fetched_step, col * 8));
+            const unsigned matrix_row = S::matrix_row(first, fetched_step, row);
+            if (mask.is_on && matrix_row < matrix.num_rows)
+                drop_part(kept, mask, tokens ? tokens[matrix_row] : matrix_row, S::matrix_col(first, fetched_step, col * 8));
             *reinterpret_cast<Words4*>(tile + tile_offset<S::kCols>(row, col)) = kept;
         }
     }

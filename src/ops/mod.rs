@@ -12,11 +12,14 @@
 //! Errors of every op: [`Error::Shape`](crate::error::Error::Shape) where extents disagree,
 //! [`Error::DType`](crate::error::Error::DType) where an element type does.
 
+pub mod dynamic_map;
+mod optimizer;
 mod types;
 
+pub use optimizer::{AdamWConstants, AdamWStep, MOMENTS_BLOCKSIZE, Moments, UpdateReport};
 pub use types::{
-    AdamWStep, AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear,
-    LoraPair, NormSpec, QkWeights, Routing, StepState, UpdateReport,
+    AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear, LoraPair,
+    NormSpec, QkWeights, Routing, StepState,
 };
 
 use crate::error::Result;
@@ -511,17 +514,14 @@ pub trait Ops: std::fmt::Debug {
         state: &StepState,
     ) -> Result<()>;
 
-    /// Global norm, clipping and `AdamW` over the flat arena, all `[n]` f32; the gradient is zeroed. An update of a step whose
-    /// loss (the sum of `token_loss`) or norm is not finite is not made, and the gradient stays for inspection.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the state of the optimizer, the step"
-    )]
+    /// Global norm, clipping and `AdamW` over the flat arena; the gradient is zeroed. An update of a step whose loss (the sum of
+    /// `token_loss`) or norm is not finite is not made, and the gradient stays for inspection.
+    ///
+    /// `params [n]` f32, or bf16, which is rounded stochastically; `grads [n]` f32; `token_loss [T]` f32.
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
         token_loss: &Tensor,
         step: AdamWStep,

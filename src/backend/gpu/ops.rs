@@ -9,8 +9,8 @@ use super::{
 };
 use crate::error::Result;
 use crate::ops::{
-    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, NormSpec, Ops, QkWeights,
-    Routing, StepState, UpdateReport,
+    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops,
+    QkWeights, Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
 use crate::tensor::arena::Arena;
@@ -512,12 +512,11 @@ impl Ops for Gpu {
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
         token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport> {
-        adamw::step(self, params, exp_avg, exp_avg_sq, grads, token_loss, step)
+        adamw::step(self, params, moments, grads, token_loss, step)
     }
 }

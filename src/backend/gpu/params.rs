@@ -11,6 +11,11 @@
     reason = "generated"
 )]
 
+pub const ADAMW_THREADS: u32 = 256;
+pub const ADAMW_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const ADAMW_BLOCKSIZE: u32 = 256;
+pub const ADAMW_CELLS: u32 = 2960;
+pub const ADAMW_FIRST_CELL: u32 = 13312;
 pub const ATTENTION_THREADS: u32 = 128;
 pub const ATTENTION_WIDE_THREADS: u32 = 256;
 pub const ATTENTION_QUERIES: u32 = 128;
@@ -20,6 +25,8 @@ pub const ATTENTION_PADDING: u32 = 8;
 pub const ATTENTION_DELTA_THREADS: u32 = 256;
 pub const ATTENTION_DELTA_ROWS: u32 = 32;
 pub const ATTENTION_GATE_THREADS: u32 = 256;
+pub const CAUSAL_CONV_THREADS: u32 = 128;
+pub const CAUSAL_CONV_TOKENS: u32 = 32;
 pub const CROSS_ENTROPY_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_GROUP: u32 = 64;
@@ -32,7 +39,28 @@ pub const CROSS_ENTROPY_SMALL_THREADS: u32 = 128;
 pub const CROSS_ENTROPY_SMALL_SHARED: u32 = 98304;
 pub const CROSS_ENTROPY_DEPTH: u32 = 64;
 pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
+pub const DELTA_GATES_THREADS: u32 = 256;
 pub const EMBEDDING_THREADS: u32 = 256;
+pub const GATED_DELTA_CHUNK: u32 = 64;
+pub const GATED_DELTA_THREADS: u32 = 128;
+pub const GATED_DELTA_SCAN_THREADS: u32 = 64;
+pub const GATED_DELTA_SCAN_COLUMNS: u32 = 32;
+pub const GATED_DELTA_SCAN_LANES: u32 = 8;
+pub const GATED_DELTA_GRADIENT_THREADS: u32 = 256;
+pub const GATED_DELTA_PREPARE_SHARED_64: u32 = 55296;
+pub const GATED_DELTA_PREPARE_SHARED_128: u32 = 71680;
+pub const GATED_DELTA_SCAN_SHARED_64: u32 = 48128;
+pub const GATED_DELTA_SCAN_SHARED_128: u32 = 80896;
+pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 37632;
+pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 87808;
+pub const GATED_DELTA_LOCAL_SHARED_64: u32 = 28416;
+pub const GATED_DELTA_LOCAL_SHARED_128: u32 = 52992;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_64: u32 = 77312;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_128: u32 = 126464;
+pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
+pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
+pub const GATED_RMS_NORM_THREADS: u32 = 256;
+pub const GATED_RMS_NORM_HEADS: u32 = 16;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
@@ -53,6 +81,27 @@ pub const LORA_GRAD_COLS: u32 = 128;
 pub const LORA_GRAD_TOKENS: u32 = 1024;
 pub const LORA_MAX_JOBS: u32 = 8;
 pub const LORA_GRAD_SHARED: u32 = 57344;
+pub const MOE_TILE_ROWS: u32 = 128;
+pub const MOE_SMALL_TILE_ROWS: u32 = 64;
+pub const MOE_TILES_THREADS: u32 = 256;
+pub const MOE_COMBINE_THREADS: u32 = 256;
+pub const MOE_THREADS: u32 = 128;
+pub const MOE_TILE_COLS: u32 = 128;
+pub const MOE_SHARED_NF4: u32 = 82944;
+pub const MOE_SHARED_DENSE: u32 = 99328;
+pub const MOE_SMALL_SHARED_NF4: u32 = 58368;
+pub const MOE_SMALL_SHARED_DENSE: u32 = 74752;
+pub const MOE_PARTS_PER_TILE: u32 = 2;
+pub const MOE_LORA_THREADS: u32 = 128;
+pub const MOE_LORA_ROWS: u32 = 64;
+pub const MOE_LORA_RANKS: u32 = 64;
+pub const MOE_LORA_GRAD_COLS: u32 = 128;
+pub const MOE_LORA_GRAD_SHARED: u32 = 57344;
+pub const MOE_LORA_MAX_JOBS: u32 = 4;
+pub const MOE_ROUTE_THREADS: u32 = 256;
+pub const MOE_ROUTE_TOKENS: u32 = 32;
+pub const MOE_ROUTE_MAX_EXPERTS: u32 = 1024;
+pub const MOE_ROUTE_SCAN_EXPERTS: u32 = 32;
 pub const NF4_QUANTIZE_THREADS: u32 = 256;
 pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
 pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
@@ -61,6 +110,195 @@ pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
 pub const SHARED_EXPERT_THREADS: u32 = 256;
 pub const SWIGLU_THREADS: u32 = 256;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWStepDevice {
+    pub max_grad_norm: f64,
+    pub decay: f32,
+    pub weight1: f32,
+    pub beta2: f32,
+    pub weight2: f32,
+    pub step_size: f32,
+    pub root_bias: f32,
+    pub epsilon: f32,
+    pub step: u32,
+    pub rounding_key_low: u32,
+    pub rounding_key_high: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWStepDevice"][::std::mem::size_of::<AdamWStepDevice>() - 48usize];
+    ["Alignment of AdamWStepDevice"][::std::mem::align_of::<AdamWStepDevice>() - 8usize];
+    ["Offset of field: AdamWStepDevice::max_grad_norm"]
+        [::std::mem::offset_of!(AdamWStepDevice, max_grad_norm) - 0usize];
+    ["Offset of field: AdamWStepDevice::decay"]
+        [::std::mem::offset_of!(AdamWStepDevice, decay) - 8usize];
+    ["Offset of field: AdamWStepDevice::weight1"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight1) - 12usize];
+    ["Offset of field: AdamWStepDevice::beta2"]
+        [::std::mem::offset_of!(AdamWStepDevice, beta2) - 16usize];
+    ["Offset of field: AdamWStepDevice::weight2"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight2) - 20usize];
+    ["Offset of field: AdamWStepDevice::step_size"]
+        [::std::mem::offset_of!(AdamWStepDevice, step_size) - 24usize];
+    ["Offset of field: AdamWStepDevice::root_bias"]
+        [::std::mem::offset_of!(AdamWStepDevice, root_bias) - 28usize];
+    ["Offset of field: AdamWStepDevice::epsilon"]
+        [::std::mem::offset_of!(AdamWStepDevice, epsilon) - 32usize];
+    ["Offset of field: AdamWStepDevice::step"]
+        [::std::mem::offset_of!(AdamWStepDevice, step) - 36usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_low"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_low) - 40usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_high"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_high) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWReportDevice {
+    pub loss_sum: f64,
+    pub grad_norm: f64,
+    pub clip: f32,
+    pub applied: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWReportDevice"][::std::mem::size_of::<AdamWReportDevice>() - 24usize];
+    ["Alignment of AdamWReportDevice"][::std::mem::align_of::<AdamWReportDevice>() - 8usize];
+    ["Offset of field: AdamWReportDevice::loss_sum"]
+        [::std::mem::offset_of!(AdamWReportDevice, loss_sum) - 0usize];
+    ["Offset of field: AdamWReportDevice::grad_norm"]
+        [::std::mem::offset_of!(AdamWReportDevice, grad_norm) - 8usize];
+    ["Offset of field: AdamWReportDevice::clip"]
+        [::std::mem::offset_of!(AdamWReportDevice, clip) - 16usize];
+    ["Offset of field: AdamWReportDevice::applied"]
+        [::std::mem::offset_of!(AdamWReportDevice, applied) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWSumsParams {
+    pub partial_sums: u64,
+    pub grads: u64,
+    pub token_loss: u64,
+    pub num_elements: u64,
+    pub num_losses: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWSumsParams"][::std::mem::size_of::<AdamWSumsParams>() - 40usize];
+    ["Alignment of AdamWSumsParams"][::std::mem::align_of::<AdamWSumsParams>() - 8usize];
+    ["Offset of field: AdamWSumsParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWSumsParams, partial_sums) - 0usize];
+    ["Offset of field: AdamWSumsParams::grads"]
+        [::std::mem::offset_of!(AdamWSumsParams, grads) - 8usize];
+    ["Offset of field: AdamWSumsParams::token_loss"]
+        [::std::mem::offset_of!(AdamWSumsParams, token_loss) - 16usize];
+    ["Offset of field: AdamWSumsParams::num_elements"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_elements) - 24usize];
+    ["Offset of field: AdamWSumsParams::num_losses"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_losses) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWDecideParams {
+    pub report: u64,
+    pub partial_sums: u64,
+    pub step: u64,
+    pub num_square_sums: u64,
+    pub num_loss_sums: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWDecideParams"][::std::mem::size_of::<AdamWDecideParams>() - 40usize];
+    ["Alignment of AdamWDecideParams"][::std::mem::align_of::<AdamWDecideParams>() - 8usize];
+    ["Offset of field: AdamWDecideParams::report"]
+        [::std::mem::offset_of!(AdamWDecideParams, report) - 0usize];
+    ["Offset of field: AdamWDecideParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, partial_sums) - 8usize];
+    ["Offset of field: AdamWDecideParams::step"]
+        [::std::mem::offset_of!(AdamWDecideParams, step) - 16usize];
+    ["Offset of field: AdamWDecideParams::num_square_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_square_sums) - 24usize];
+    ["Offset of field: AdamWDecideParams::num_loss_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_loss_sums) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWUpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_sq: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWUpdateParams"][::std::mem::size_of::<AdamWUpdateParams>() - 64usize];
+    ["Alignment of AdamWUpdateParams"][::std::mem::align_of::<AdamWUpdateParams>() - 8usize];
+    ["Offset of field: AdamWUpdateParams::params"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params) - 0usize];
+    ["Offset of field: AdamWUpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamWUpdateParams::grads"]
+        [::std::mem::offset_of!(AdamWUpdateParams, grads) - 16usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg_sq) - 32usize];
+    ["Offset of field: AdamWUpdateParams::step"]
+        [::std::mem::offset_of!(AdamWUpdateParams, step) - 40usize];
+    ["Offset of field: AdamWUpdateParams::report"]
+        [::std::mem::offset_of!(AdamWUpdateParams, report) - 48usize];
+    ["Offset of field: AdamWUpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamWUpdateParams, num_elements) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamW8UpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_absmax: u64,
+    pub exp_avg_sq: u64,
+    pub exp_avg_sq_absmax: u64,
+    pub maps: u64,
+    pub cells: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamW8UpdateParams"][::std::mem::size_of::<AdamW8UpdateParams>() - 96usize];
+    ["Alignment of AdamW8UpdateParams"][::std::mem::align_of::<AdamW8UpdateParams>() - 8usize];
+    ["Offset of field: AdamW8UpdateParams::params"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params) - 0usize];
+    ["Offset of field: AdamW8UpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamW8UpdateParams::grads"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, grads) - 16usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_absmax) - 32usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq) - 40usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq_absmax) - 48usize];
+    ["Offset of field: AdamW8UpdateParams::maps"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, maps) - 56usize];
+    ["Offset of field: AdamW8UpdateParams::cells"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, cells) - 64usize];
+    ["Offset of field: AdamW8UpdateParams::step"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, step) - 72usize];
+    ["Offset of field: AdamW8UpdateParams::report"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, report) - 80usize];
+    ["Offset of field: AdamW8UpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, num_elements) - 88usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct StepStateDevice {
@@ -295,6 +533,50 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CausalConvParams {
+    pub u: u64,
+    pub d_qkvz: u64,
+    pub d_u: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub taps: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CausalConvParams"][::std::mem::size_of::<CausalConvParams>() - 72usize];
+    ["Alignment of CausalConvParams"][::std::mem::align_of::<CausalConvParams>() - 8usize];
+    ["Offset of field: CausalConvParams::u"][::std::mem::offset_of!(CausalConvParams, u) - 0usize];
+    ["Offset of field: CausalConvParams::d_qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, d_qkvz) - 8usize];
+    ["Offset of field: CausalConvParams::d_u"]
+        [::std::mem::offset_of!(CausalConvParams, d_u) - 16usize];
+    ["Offset of field: CausalConvParams::qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, qkvz) - 24usize];
+    ["Offset of field: CausalConvParams::weight"]
+        [::std::mem::offset_of!(CausalConvParams, weight) - 32usize];
+    ["Offset of field: CausalConvParams::step"]
+        [::std::mem::offset_of!(CausalConvParams, step) - 40usize];
+    ["Offset of field: CausalConvParams::num_key_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_key_heads) - 48usize];
+    ["Offset of field: CausalConvParams::num_value_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_value_heads) - 52usize];
+    ["Offset of field: CausalConvParams::key_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, key_head_dim) - 56usize];
+    ["Offset of field: CausalConvParams::value_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, value_head_dim) - 60usize];
+    ["Offset of field: CausalConvParams::taps"]
+        [::std::mem::offset_of!(CausalConvParams, taps) - 64usize];
+    ["Offset of field: CausalConvParams::reserved"]
+        [::std::mem::offset_of!(CausalConvParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct CrossEntropyLogitsParams {
     pub logits: u64,
     pub group_max: u64,
@@ -439,6 +721,47 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct DeltaGatesParams {
+    pub g: u64,
+    pub beta: u64,
+    pub d_ba: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub ba: u64,
+    pub a_log: u64,
+    pub dt_bias: u64,
+    pub step: u64,
+    pub num_value_heads: u32,
+    pub ratio: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DeltaGatesParams"][::std::mem::size_of::<DeltaGatesParams>() - 80usize];
+    ["Alignment of DeltaGatesParams"][::std::mem::align_of::<DeltaGatesParams>() - 8usize];
+    ["Offset of field: DeltaGatesParams::g"][::std::mem::offset_of!(DeltaGatesParams, g) - 0usize];
+    ["Offset of field: DeltaGatesParams::beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, beta) - 8usize];
+    ["Offset of field: DeltaGatesParams::d_ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_ba) - 16usize];
+    ["Offset of field: DeltaGatesParams::d_g"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_g) - 24usize];
+    ["Offset of field: DeltaGatesParams::d_beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_beta) - 32usize];
+    ["Offset of field: DeltaGatesParams::ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, ba) - 40usize];
+    ["Offset of field: DeltaGatesParams::a_log"]
+        [::std::mem::offset_of!(DeltaGatesParams, a_log) - 48usize];
+    ["Offset of field: DeltaGatesParams::dt_bias"]
+        [::std::mem::offset_of!(DeltaGatesParams, dt_bias) - 56usize];
+    ["Offset of field: DeltaGatesParams::step"]
+        [::std::mem::offset_of!(DeltaGatesParams, step) - 64usize];
+    ["Offset of field: DeltaGatesParams::num_value_heads"]
+        [::std::mem::offset_of!(DeltaGatesParams, num_value_heads) - 72usize];
+    ["Offset of field: DeltaGatesParams::ratio"]
+        [::std::mem::offset_of!(DeltaGatesParams, ratio) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct EmbeddingForwardParams {
     pub out: u64,
     pub table: u64,
@@ -461,6 +784,137 @@ const _: () = {
         [::std::mem::offset_of!(EmbeddingForwardParams, hidden_size) - 24usize];
     ["Offset of field: EmbeddingForwardParams::vocab_size"]
         [::std::mem::offset_of!(EmbeddingForwardParams, vocab_size) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedDeltaParams {
+    pub o: u64,
+    pub u: u64,
+    pub g: u64,
+    pub beta: u64,
+    pub d_o: u64,
+    pub d_u: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub gamma: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub w: u64,
+    pub values: u64,
+    pub states: u64,
+    pub inverse: u64,
+    pub d_values: u64,
+    pub d_states: u64,
+    pub step: u64,
+    pub capacity: u32,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 168usize];
+    ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
+    ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
+    ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
+    ["Offset of field: GatedDeltaParams::g"][::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
+    ["Offset of field: GatedDeltaParams::beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, beta) - 24usize];
+    ["Offset of field: GatedDeltaParams::d_o"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_o) - 32usize];
+    ["Offset of field: GatedDeltaParams::d_u"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_u) - 40usize];
+    ["Offset of field: GatedDeltaParams::d_g"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_g) - 48usize];
+    ["Offset of field: GatedDeltaParams::d_beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_beta) - 56usize];
+    ["Offset of field: GatedDeltaParams::gamma"]
+        [::std::mem::offset_of!(GatedDeltaParams, gamma) - 64usize];
+    ["Offset of field: GatedDeltaParams::q_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, q_rstd) - 72usize];
+    ["Offset of field: GatedDeltaParams::k_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
+    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 88usize];
+    ["Offset of field: GatedDeltaParams::values"]
+        [::std::mem::offset_of!(GatedDeltaParams, values) - 96usize];
+    ["Offset of field: GatedDeltaParams::states"]
+        [::std::mem::offset_of!(GatedDeltaParams, states) - 104usize];
+    ["Offset of field: GatedDeltaParams::inverse"]
+        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 112usize];
+    ["Offset of field: GatedDeltaParams::d_values"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 120usize];
+    ["Offset of field: GatedDeltaParams::d_states"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 128usize];
+    ["Offset of field: GatedDeltaParams::step"]
+        [::std::mem::offset_of!(GatedDeltaParams, step) - 136usize];
+    ["Offset of field: GatedDeltaParams::capacity"]
+        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 144usize];
+    ["Offset of field: GatedDeltaParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 148usize];
+    ["Offset of field: GatedDeltaParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 152usize];
+    ["Offset of field: GatedDeltaParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 156usize];
+    ["Offset of field: GatedDeltaParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 160usize];
+    ["Offset of field: GatedDeltaParams::reserved"]
+        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 164usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedRmsNormParams {
+    pub y: u64,
+    pub rstd: u64,
+    pub d_o: u64,
+    pub d_qkvz: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub eps: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedRmsNormParams"][::std::mem::size_of::<GatedRmsNormParams>() - 96usize];
+    ["Alignment of GatedRmsNormParams"][::std::mem::align_of::<GatedRmsNormParams>() - 8usize];
+    ["Offset of field: GatedRmsNormParams::y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, y) - 0usize];
+    ["Offset of field: GatedRmsNormParams::rstd"]
+        [::std::mem::offset_of!(GatedRmsNormParams, rstd) - 8usize];
+    ["Offset of field: GatedRmsNormParams::d_o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_o) - 16usize];
+    ["Offset of field: GatedRmsNormParams::d_qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_qkvz) - 24usize];
+    ["Offset of field: GatedRmsNormParams::d_y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_y) - 32usize];
+    ["Offset of field: GatedRmsNormParams::o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, o) - 40usize];
+    ["Offset of field: GatedRmsNormParams::qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, qkvz) - 48usize];
+    ["Offset of field: GatedRmsNormParams::weight"]
+        [::std::mem::offset_of!(GatedRmsNormParams, weight) - 56usize];
+    ["Offset of field: GatedRmsNormParams::step"]
+        [::std::mem::offset_of!(GatedRmsNormParams, step) - 64usize];
+    ["Offset of field: GatedRmsNormParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_key_heads) - 72usize];
+    ["Offset of field: GatedRmsNormParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_value_heads) - 76usize];
+    ["Offset of field: GatedRmsNormParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, key_head_dim) - 80usize];
+    ["Offset of field: GatedRmsNormParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, value_head_dim) - 84usize];
+    ["Offset of field: GatedRmsNormParams::eps"]
+        [::std::mem::offset_of!(GatedRmsNormParams, eps) - 88usize];
+    ["Offset of field: GatedRmsNormParams::reserved"]
+        [::std::mem::offset_of!(GatedRmsNormParams, reserved) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -743,6 +1197,471 @@ const _: () = {
         [::std::mem::offset_of!(LoraGradsParams, d_lora_is_bf16) - 680usize];
     ["Offset of field: LoraGradsParams::reserved"]
         [::std::mem::offset_of!(LoraGradsParams, reserved) - 684usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTile {
+    pub expert: u32,
+    pub first_row: u32,
+    pub num_rows: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTile"][::std::mem::size_of::<MoeTile>() - 16usize];
+    ["Alignment of MoeTile"][::std::mem::align_of::<MoeTile>() - 4usize];
+    ["Offset of field: MoeTile::expert"][::std::mem::offset_of!(MoeTile, expert) - 0usize];
+    ["Offset of field: MoeTile::first_row"][::std::mem::offset_of!(MoeTile, first_row) - 4usize];
+    ["Offset of field: MoeTile::num_rows"][::std::mem::offset_of!(MoeTile, num_rows) - 8usize];
+    ["Offset of field: MoeTile::reserved"][::std::mem::offset_of!(MoeTile, reserved) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRows {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub token_of_row: u64,
+    pub step: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRows"][::std::mem::size_of::<MoeRows>() - 48usize];
+    ["Alignment of MoeRows"][::std::mem::align_of::<MoeRows>() - 8usize];
+    ["Offset of field: MoeRows::tiles"][::std::mem::offset_of!(MoeRows, tiles) - 0usize];
+    ["Offset of field: MoeRows::num_tiles"][::std::mem::offset_of!(MoeRows, num_tiles) - 8usize];
+    ["Offset of field: MoeRows::expert_offsets"]
+        [::std::mem::offset_of!(MoeRows, expert_offsets) - 16usize];
+    ["Offset of field: MoeRows::slot_of_row"]
+        [::std::mem::offset_of!(MoeRows, slot_of_row) - 24usize];
+    ["Offset of field: MoeRows::token_of_row"]
+        [::std::mem::offset_of!(MoeRows, token_of_row) - 32usize];
+    ["Offset of field: MoeRows::step"][::std::mem::offset_of!(MoeRows, step) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeProjection {
+    pub expert0: LinearProjection,
+    pub dense_stride: u64,
+    pub codes_stride: u64,
+    pub absmax_stride: u64,
+    pub nested_codes_stride: u64,
+    pub nested_absmax_stride: u64,
+    pub lora_stride: u64,
+    pub module_stride: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeProjection"][::std::mem::size_of::<MoeProjection>() - 176usize];
+    ["Alignment of MoeProjection"][::std::mem::align_of::<MoeProjection>() - 8usize];
+    ["Offset of field: MoeProjection::expert0"]
+        [::std::mem::offset_of!(MoeProjection, expert0) - 0usize];
+    ["Offset of field: MoeProjection::dense_stride"]
+        [::std::mem::offset_of!(MoeProjection, dense_stride) - 120usize];
+    ["Offset of field: MoeProjection::codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, codes_stride) - 128usize];
+    ["Offset of field: MoeProjection::absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, absmax_stride) - 136usize];
+    ["Offset of field: MoeProjection::nested_codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_codes_stride) - 144usize];
+    ["Offset of field: MoeProjection::nested_absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_absmax_stride) - 152usize];
+    ["Offset of field: MoeProjection::lora_stride"]
+        [::std::mem::offset_of!(MoeProjection, lora_stride) - 160usize];
+    ["Offset of field: MoeProjection::module_stride"]
+        [::std::mem::offset_of!(MoeProjection, module_stride) - 168usize];
+    ["Offset of field: MoeProjection::reserved"]
+        [::std::mem::offset_of!(MoeProjection, reserved) - 172usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTilesParams {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub token_of_row: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub tile_rows: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTilesParams"][::std::mem::size_of::<MoeTilesParams>() - 56usize];
+    ["Alignment of MoeTilesParams"][::std::mem::align_of::<MoeTilesParams>() - 8usize];
+    ["Offset of field: MoeTilesParams::tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, tiles) - 0usize];
+    ["Offset of field: MoeTilesParams::num_tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, num_tiles) - 8usize];
+    ["Offset of field: MoeTilesParams::token_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, token_of_row) - 16usize];
+    ["Offset of field: MoeTilesParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeTilesParams, expert_offsets) - 24usize];
+    ["Offset of field: MoeTilesParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, slot_of_row) - 32usize];
+    ["Offset of field: MoeTilesParams::num_experts"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts) - 40usize];
+    ["Offset of field: MoeTilesParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts_per_tok) - 44usize];
+    ["Offset of field: MoeTilesParams::tile_rows"]
+        [::std::mem::offset_of!(MoeTilesParams, tile_rows) - 48usize];
+    ["Offset of field: MoeTilesParams::reserved"]
+        [::std::mem::offset_of!(MoeTilesParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeCombineParams {
+    pub out: u64,
+    pub rows: u64,
+    pub row_of_slot: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub num_experts_per_tok: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeCombineParams"][::std::mem::size_of::<MoeCombineParams>() - 56usize];
+    ["Alignment of MoeCombineParams"][::std::mem::align_of::<MoeCombineParams>() - 8usize];
+    ["Offset of field: MoeCombineParams::out"]
+        [::std::mem::offset_of!(MoeCombineParams, out) - 0usize];
+    ["Offset of field: MoeCombineParams::rows"]
+        [::std::mem::offset_of!(MoeCombineParams, rows) - 8usize];
+    ["Offset of field: MoeCombineParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeCombineParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeCombineParams::topk_weights"]
+        [::std::mem::offset_of!(MoeCombineParams, topk_weights) - 24usize];
+    ["Offset of field: MoeCombineParams::step"]
+        [::std::mem::offset_of!(MoeCombineParams, step) - 32usize];
+    ["Offset of field: MoeCombineParams::hidden_size"]
+        [::std::mem::offset_of!(MoeCombineParams, hidden_size) - 40usize];
+    ["Offset of field: MoeCombineParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeCombineParams, num_experts_per_tok) - 44usize];
+    ["Offset of field: MoeCombineParams::accumulate"]
+        [::std::mem::offset_of!(MoeCombineParams, accumulate) - 48usize];
+    ["Offset of field: MoeCombineParams::reserved"]
+        [::std::mem::offset_of!(MoeCombineParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeWeightGradsParams {
+    pub d_topk_weights: u64,
+    pub partial: u64,
+    pub row_of_slot: u64,
+    pub step: u64,
+    pub num_parts: u32,
+    pub num_experts_per_tok: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeWeightGradsParams"][::std::mem::size_of::<MoeWeightGradsParams>() - 40usize];
+    ["Alignment of MoeWeightGradsParams"][::std::mem::align_of::<MoeWeightGradsParams>() - 8usize];
+    ["Offset of field: MoeWeightGradsParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, d_topk_weights) - 0usize];
+    ["Offset of field: MoeWeightGradsParams::partial"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, partial) - 8usize];
+    ["Offset of field: MoeWeightGradsParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeWeightGradsParams::step"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, step) - 24usize];
+    ["Offset of field: MoeWeightGradsParams::num_parts"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_parts) - 32usize];
+    ["Offset of field: MoeWeightGradsParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_experts_per_tok) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeForwardParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub h: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeForwardParams"][::std::mem::size_of::<MoeForwardParams>() - 448usize];
+    ["Alignment of MoeForwardParams"][::std::mem::align_of::<MoeForwardParams>() - 8usize];
+    ["Offset of field: MoeForwardParams::projections"]
+        [::std::mem::offset_of!(MoeForwardParams, projections) - 0usize];
+    ["Offset of field: MoeForwardParams::rows"]
+        [::std::mem::offset_of!(MoeForwardParams, rows) - 352usize];
+    ["Offset of field: MoeForwardParams::h"]
+        [::std::mem::offset_of!(MoeForwardParams, h) - 400usize];
+    ["Offset of field: MoeForwardParams::x"]
+        [::std::mem::offset_of!(MoeForwardParams, x) - 408usize];
+    ["Offset of field: MoeForwardParams::xa"]
+        [::std::mem::offset_of!(MoeForwardParams, xa) - 416usize];
+    ["Offset of field: MoeForwardParams::lora"]
+        [::std::mem::offset_of!(MoeForwardParams, lora) - 424usize];
+    ["Offset of field: MoeForwardParams::in_features"]
+        [::std::mem::offset_of!(MoeForwardParams, in_features) - 432usize];
+    ["Offset of field: MoeForwardParams::xa_width"]
+        [::std::mem::offset_of!(MoeForwardParams, xa_width) - 436usize];
+    ["Offset of field: MoeForwardParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeForwardParams, lora_is_bf16) - 440usize];
+    ["Offset of field: MoeForwardParams::reserved"]
+        [::std::mem::offset_of!(MoeForwardParams, reserved) - 444usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeInputGradParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub d_x: u64,
+    pub d_xa: u64,
+    pub lora: u64,
+    pub h: u64,
+    pub topk_weights: u64,
+    pub partial: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub is_gathered: u32,
+    pub num_parts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeInputGradParams"][::std::mem::size_of::<MoeInputGradParams>() - 472usize];
+    ["Alignment of MoeInputGradParams"][::std::mem::align_of::<MoeInputGradParams>() - 8usize];
+    ["Offset of field: MoeInputGradParams::projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, projections) - 0usize];
+    ["Offset of field: MoeInputGradParams::rows"]
+        [::std::mem::offset_of!(MoeInputGradParams, rows) - 352usize];
+    ["Offset of field: MoeInputGradParams::d_x"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_x) - 400usize];
+    ["Offset of field: MoeInputGradParams::d_xa"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_xa) - 408usize];
+    ["Offset of field: MoeInputGradParams::lora"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora) - 416usize];
+    ["Offset of field: MoeInputGradParams::h"]
+        [::std::mem::offset_of!(MoeInputGradParams, h) - 424usize];
+    ["Offset of field: MoeInputGradParams::topk_weights"]
+        [::std::mem::offset_of!(MoeInputGradParams, topk_weights) - 432usize];
+    ["Offset of field: MoeInputGradParams::partial"]
+        [::std::mem::offset_of!(MoeInputGradParams, partial) - 440usize];
+    ["Offset of field: MoeInputGradParams::num_projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_projections) - 448usize];
+    ["Offset of field: MoeInputGradParams::in_features"]
+        [::std::mem::offset_of!(MoeInputGradParams, in_features) - 452usize];
+    ["Offset of field: MoeInputGradParams::xa_width"]
+        [::std::mem::offset_of!(MoeInputGradParams, xa_width) - 456usize];
+    ["Offset of field: MoeInputGradParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora_is_bf16) - 460usize];
+    ["Offset of field: MoeInputGradParams::is_gathered"]
+        [::std::mem::offset_of!(MoeInputGradParams, is_gathered) - 464usize];
+    ["Offset of field: MoeInputGradParams::num_parts"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_parts) - 468usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectJob {
+    pub projection: MoeProjection,
+    pub rows: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectJob"][::std::mem::size_of::<MoeLoraProjectJob>() - 192usize];
+    ["Alignment of MoeLoraProjectJob"][::std::mem::align_of::<MoeLoraProjectJob>() - 8usize];
+    ["Offset of field: MoeLoraProjectJob::projection"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, projection) - 0usize];
+    ["Offset of field: MoeLoraProjectJob::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, rows) - 176usize];
+    ["Offset of field: MoeLoraProjectJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, num_cols) - 184usize];
+    ["Offset of field: MoeLoraProjectJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, is_gathered) - 188usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectParams {
+    pub jobs: [MoeLoraProjectJob; 2usize],
+    pub rows: MoeRows,
+    pub xa: u64,
+    pub lora: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 456usize];
+    ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
+    ["Offset of field: MoeLoraProjectParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraProjectParams::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, rows) - 384usize];
+    ["Offset of field: MoeLoraProjectParams::xa"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa) - 432usize];
+    ["Offset of field: MoeLoraProjectParams::lora"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora) - 440usize];
+    ["Offset of field: MoeLoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 448usize];
+    ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 452usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradJob {
+    pub projection: MoeProjection,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradJob"][::std::mem::size_of::<MoeLoraGradJob>() - 208usize];
+    ["Alignment of MoeLoraGradJob"][::std::mem::align_of::<MoeLoraGradJob>() - 8usize];
+    ["Offset of field: MoeLoraGradJob::projection"]
+        [::std::mem::offset_of!(MoeLoraGradJob, projection) - 0usize];
+    ["Offset of field: MoeLoraGradJob::narrow"]
+        [::std::mem::offset_of!(MoeLoraGradJob, narrow) - 176usize];
+    ["Offset of field: MoeLoraGradJob::wide"]
+        [::std::mem::offset_of!(MoeLoraGradJob, wide) - 184usize];
+    ["Offset of field: MoeLoraGradJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraGradJob, num_cols) - 192usize];
+    ["Offset of field: MoeLoraGradJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_gathered) - 196usize];
+    ["Offset of field: MoeLoraGradJob::is_b"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_b) - 200usize];
+    ["Offset of field: MoeLoraGradJob::first_tile"]
+        [::std::mem::offset_of!(MoeLoraGradJob, first_tile) - 204usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradsParams {
+    pub jobs: [MoeLoraGradJob; 4usize],
+    pub rows: MoeRows,
+    pub d_lora: u64,
+    pub topk_weights: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradsParams"][::std::mem::size_of::<MoeLoraGradsParams>() - 912usize];
+    ["Alignment of MoeLoraGradsParams"][::std::mem::align_of::<MoeLoraGradsParams>() - 8usize];
+    ["Offset of field: MoeLoraGradsParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraGradsParams::rows"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, rows) - 832usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora) - 880usize];
+    ["Offset of field: MoeLoraGradsParams::topk_weights"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, topk_weights) - 888usize];
+    ["Offset of field: MoeLoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, num_jobs) - 896usize];
+    ["Offset of field: MoeLoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, xa_width) - 900usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora_is_bf16) - 904usize];
+    ["Offset of field: MoeLoraGradsParams::reserved"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, reserved) - 908usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteParams {
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub row_of_slot: u64,
+    pub counts: u64,
+    pub totals: u64,
+    pub logits: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteParams"][::std::mem::size_of::<MoeRouteParams>() - 88usize];
+    ["Alignment of MoeRouteParams"][::std::mem::align_of::<MoeRouteParams>() - 8usize];
+    ["Offset of field: MoeRouteParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_ids) - 0usize];
+    ["Offset of field: MoeRouteParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_weights) - 8usize];
+    ["Offset of field: MoeRouteParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeRouteParams, expert_offsets) - 16usize];
+    ["Offset of field: MoeRouteParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeRouteParams, slot_of_row) - 24usize];
+    ["Offset of field: MoeRouteParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeRouteParams, row_of_slot) - 32usize];
+    ["Offset of field: MoeRouteParams::counts"]
+        [::std::mem::offset_of!(MoeRouteParams, counts) - 40usize];
+    ["Offset of field: MoeRouteParams::totals"]
+        [::std::mem::offset_of!(MoeRouteParams, totals) - 48usize];
+    ["Offset of field: MoeRouteParams::logits"]
+        [::std::mem::offset_of!(MoeRouteParams, logits) - 56usize];
+    ["Offset of field: MoeRouteParams::step"]
+        [::std::mem::offset_of!(MoeRouteParams, step) - 64usize];
+    ["Offset of field: MoeRouteParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts) - 72usize];
+    ["Offset of field: MoeRouteParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts_per_tok) - 76usize];
+    ["Offset of field: MoeRouteParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteParams, norm_topk_prob) - 80usize];
+    ["Offset of field: MoeRouteParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteParams, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteBackwardParams {
+    pub d_logits: u64,
+    pub d_topk_weights: u64,
+    pub logits: u64,
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteBackwardParams"][::std::mem::size_of::<MoeRouteBackwardParams>() - 64usize];
+    ["Alignment of MoeRouteBackwardParams"]
+        [::std::mem::align_of::<MoeRouteBackwardParams>() - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::d_logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_logits) - 0usize];
+    ["Offset of field: MoeRouteBackwardParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_topk_weights) - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, logits) - 16usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_ids) - 24usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_weights) - 32usize];
+    ["Offset of field: MoeRouteBackwardParams::step"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, step) - 40usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts) - 48usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts_per_tok) - 52usize];
+    ["Offset of field: MoeRouteBackwardParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, norm_topk_prob) - 56usize];
+    ["Offset of field: MoeRouteBackwardParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, reserved) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
