@@ -237,11 +237,11 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
 }
 
 /// The kernels that ptxas tells of.
-fn compiled_kernels(said: &str) -> BTreeSet<&str> {
+fn compiled_kernels(said: &str) -> Vec<&str> {
     let after = said.split("Compiling entry function '").skip(1);
-    after
-        .filter_map(|rest| rest.split_once('\'').map(|(name, _)| name))
-        .collect()
+    let names = after.filter_map(|rest| rest.split_once('\'').map(|(name, _)| name));
+    // Once for every architecture.
+    BTreeSet::from_iter(names).into_iter().collect()
 }
 
 /// Major and minor version of CUDA that nvcc is of.

@@ -3,10 +3,6 @@
 pub mod cpu;
 pub mod gpu;
 
-use std::sync::Arc;
-
-use self::gpu::Gpu;
-use self::gpu::driver::Driver;
 use crate::config::{Device, Env};
 use crate::error::{Error, Result};
 use crate::ops::Ops;
@@ -28,13 +24,15 @@ pub fn open(device: Device, env: &Env) -> Result<Opened> {
     match device {
         Device::Cpu => Ok(open_cpu("")),
         Device::Emu => open_emu(),
-        Device::Cuda(ordinal) => open_cuda(ordinal, env),
+        Device::Cuda(ordinal) => open_cuda(ordinal, env).map_err(|error| match error {
+            Error::Unsupported { what, why } => Error::Unsupported {
+                what,
+                why: format!("{why}; `device: cpu` does without"),
+            },
+            other => other,
+        }),
         Device::Auto => match open_cuda(0, env) {
-            Err(Error::Unsupported { why, .. }) => {
-                // The advice to use the CPU is followed.
-                let why = why.split("; `device: cpu`").next().unwrap_or(&why);
-                Ok(open_cpu(&format!(", as {why}")))
-            }
+            Err(Error::Unsupported { why, .. }) => Ok(open_cpu(&format!(", as {why}"))),
             opened => opened,
         },
     }
@@ -50,9 +48,9 @@ fn open_cpu(why: &str) -> Opened {
 #[cfg(kernels_emu)]
 fn open_emu() -> Result<Opened> {
     use self::gpu::driver::emu::{Emu, Order};
-    let driver: Arc<dyn Driver> = Arc::new(Emu::new(Order::Forward));
+    let driver = std::sync::Arc::new(Emu::new(Order::Forward));
     Ok(Opened {
-        ops: Box::new(Gpu::new(driver)?),
+        ops: Box::new(gpu::Gpu::new(driver)?),
         note: "device: emu, the CUDA kernels on the CPU (slow, for tests)".to_owned(),
     })
 }
@@ -68,6 +66,7 @@ fn open_emu() -> Result<Opened> {
 
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize, env: &Env) -> Result<Opened> {
+    use self::gpu::driver::Driver as _;
     let driver = gpu::driver::cuda::Cuda::open(ordinal, env.synchronous)?;
     let info = driver.info();
     let free = driver.free_memory()?.unwrap_or(0);
@@ -78,9 +77,8 @@ fn open_cuda(ordinal: usize, env: &Env) -> Result<Opened> {
         info.num_multiprocessors,
         free as f64 / 1e9
     );
-    let driver: Arc<dyn Driver> = Arc::new(driver);
     Ok(Opened {
-        ops: Box::new(Gpu::new(driver)?),
+        ops: Box::new(gpu::Gpu::new(std::sync::Arc::new(driver))?),
         note,
     })
 }
@@ -89,6 +87,6 @@ fn open_cuda(ordinal: usize, env: &Env) -> Result<Opened> {
 fn open_cuda(_: usize, _: &Env) -> Result<Opened> {
     Err(Error::Unsupported {
         what: "device `cuda`".to_owned(),
-        why: "this build is without the feature `cuda`; `device: cpu` does without".to_owned(),
+        why: "this build is without the feature `cuda`".to_owned(),
     })
 }

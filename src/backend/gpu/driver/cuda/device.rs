@@ -23,7 +23,8 @@ const RING_BYTES: usize = 64 << 20;
 const PIECE_BYTES: usize = 8 << 20;
 /// Pinned memory behind the ring that reads go through.
 const READ_BYTES: usize = 8 << 20;
-const NAME_BYTES: usize = 256;
+/// Bytes of a device's name.
+const NAME_BYTES: c_int = 255;
 
 /// A loaded kernel and what it takes.
 #[derive(Debug, Clone, Copy)]
@@ -86,10 +87,9 @@ pub(super) enum Work {
 
 impl Device {
     pub(super) fn new(handle: sys::CUdevice, is_synchronous: bool) -> Result<Self, DriverError> {
-        let mut name = [0; NAME_BYTES];
+        let mut name = [0; NAME_BYTES as usize + 1];
         // SAFETY: `name` is live for the call, and has a byte more than is written, which stays zero.
-        unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), NAME_BYTES as c_int - 1, handle) }
-            .result()?;
+        unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), NAME_BYTES, handle) }.result()?;
         // SAFETY: a zero ends it.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) };
         let attribute = |which| attribute(handle, which);

@@ -7,7 +7,7 @@ use crate::error::Error;
 pub(super) fn unsupported(why: impl Into<String>) -> Error {
     Error::Unsupported {
         what: "device `cuda`".to_owned(),
-        why: format!("{}; `device: cpu` does without", why.into()),
+        why: why.into(),
     }
 }
 
@@ -43,7 +43,7 @@ pub(super) fn no_device(ordinal: usize, count: usize) -> Error {
 pub(super) fn no_binary(device: &str, capability: (u32, u32), archs: &str) -> Error {
     let (major, minor) = capability;
     unsupported(format!(
-        "the kernels were compiled for {archs}, {device} is {major}{minor}: build again with BRIGHTRUN_CUDA_ARCHS={major}{minor} (80 or above)"
+        "the kernels were compiled for {archs}, {device} has capability {major}.{minor}: build again with BRIGHTRUN_CUDA_ARCHS={major}{minor} (80 or above)"
     ))
 }
 
@@ -98,16 +98,16 @@ mod tests {
         let cases = [
             (
                 no_driver(),
-                "device `cuda` is not supported: no NVIDIA driver was found (libcuda.so.1); `device: cpu` does without",
+                "device `cuda` is not supported: no NVIDIA driver was found (libcuda.so.1)",
             ),
             (
                 no_device(3, 2),
-                "device `cuda` is not supported: there is no `cuda:3`, only `cuda:0` to `cuda:1`; `device: cpu` does without",
+                "device `cuda` is not supported: there is no `cuda:3`, only `cuda:0` to `cuda:1`",
             ),
             (
                 old_driver((12, 2), (13, 0)),
                 "device `cuda` is not supported: the NVIDIA driver is for CUDA 12.2, this build needs one for CUDA 13.0 or newer: \
-                 update the driver, or build with an older nvcc; `device: cpu` does without",
+                 update the driver, or build with an older nvcc",
             ),
         ];
         for (error, text) in cases {
