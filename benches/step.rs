@@ -122,6 +122,8 @@ fn main() -> anyhow::Result<()> {
     let config = qwen2_5_0_5b(layers);
     let decoder = weights::load(&config, &mut RandomWeights::new(1), adapter(), tokens)?;
     let optimizer = OptimizerSettings {
+        kind: Optimizer::Adamw,
+        lora_dtype: LoraDType::Fp32,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,

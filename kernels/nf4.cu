@@ -17,17 +17,17 @@ KERNEL(nf4_dequantize, Nf4DequantizeParams, p, NF4_THREADS) {
     SHARED(float, codebook, kNf4Codes);
     SHARED(float, dynamic_code, kDynamicCodes);
     if (threadIdx.x < kNf4Codes) codebook[threadIdx.x] = nf4_value(threadIdx.x);
-    if (!p.absmax) dynamic_code[threadIdx.x] = p.dynamic_code[threadIdx.x];
+    if (!p.weight.absmax) dynamic_code[threadIdx.x] = p.weight.dynamic_code[threadIdx.x];
     __syncthreads();
     const size_t start = static_cast<size_t>(blockIdx.x) * NF4_ELEMENTS_PER_BLOCK;
     for (unsigned group = threadIdx.x; group < NF4_ELEMENTS_PER_BLOCK / kVector; group += kThreads) {
         const size_t first = start + group * kVector;
         if (first >= p.num_elements) break;
-        const float absmax = nf4_absmax(p, dynamic_code, first / NF4_BLOCKSIZE);
+        const float absmax = nf4_absmax(p.weight, dynamic_code, first / NF4_BLOCKSIZE);
         const unsigned count = p.num_elements - first < kVector ? static_cast<unsigned>(p.num_elements - first) : kVector;
         float values[kVector] = {};
         for (unsigned i = 0; i < count; ++i) {
-            const unsigned byte = p.codes[first / 2 + i / 2];
+            const unsigned byte = p.weight.codes[first / 2 + i / 2];
             values[i] = codebook[i % 2 ? byte & 15 : byte >> 4] * absmax;
         }
         if (count == kVector) {

@@ -19,6 +19,8 @@ pub enum Stream {
     Split = 4,
     /// Data made for tests and benchmarks.
     Synthetic = 5,
+    /// Stochastic rounding of parameters.
+    Rounding = 6,
 }
 
 /// Ten rounds of Philox4x32: four random words for `counter` under `key`.

@@ -84,8 +84,12 @@ fn settings() {
             "cannot be read as YAML: line 8 column 1: duplicate mapping key: device",
         ),
         (
-            "optimizer: adamw_8bit",
-            "`optimizer` is `adamw_8bit`, which the CPU backend does not have; use `adamw`",
+            "lora_dtype: float",
+            "`lora_dtype` is `float`, expected one of fp32, bf16",
+        ),
+        (
+            "lora_dtype: bf16",
+            "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`",
         ),
         (
             "quantize_modules: [q_proj]",

@@ -50,3 +50,38 @@ fn the_demo_learns_and_tells_what_to_do_next() {
         run("export", &["--format", format]);
     }
 }
+
+/// The demo's first 40 steps by the CUDA kernels, on the emulated device: batches of many lengths, one recording.
+#[cfg(feature = "emu")]
+#[test]
+fn the_demo_learns_as_well_on_the_emulated_device() {
+    const STEPS: &str = "40";
+    let out = tempfile::tempdir().unwrap();
+    let loss = |device: &str| {
+        let dir = out.path().join(device);
+        let status = Command::new(env!("CARGO_BIN_EXE_brightrun"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["train", "examples/demo/train.yml"])
+            .args(["--set", &format!("output_dir={}", dir.display())])
+            .args(["--set", &format!("device={device}")])
+            .args(["--set", &format!("max_steps={STEPS}")])
+            .output()
+            .unwrap();
+        assert!(
+            status.status.success(),
+            "{}",
+            String::from_utf8_lossy(&status.stderr)
+        );
+        let metrics = fs_err::read_to_string(dir.join("metrics.jsonl")).unwrap();
+        let last: serde_json::Value =
+            serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        assert_eq!(last["step"], 40);
+        last["loss"].as_f64().unwrap()
+    };
+    let (cpu, emu) = (loss("cpu"), loss("emu"));
+    let limit = (0.02 * cpu).max(0.03);
+    assert!(
+        (emu - cpu).abs() <= limit,
+        "{emu} on the emulated device, {cpu} on the CPU"
+    );
+}

@@ -12,7 +12,7 @@ mod common;
 use brightrun::backend::gpu::driver::emu::{Emu, Order};
 use brightrun::backend::gpu::driver::{Driver, Grid, Kernel};
 use brightrun::backend::gpu::params::{
-    NF4_ELEMENTS_PER_BLOCK, NF4_THREADS, Nf4DequantizeParams, RMS_NORM_THREADS,
+    NF4_ELEMENTS_PER_BLOCK, NF4_THREADS, Nf4DequantizeParams, Nf4Weight, RMS_NORM_THREADS,
     RmsNormBackwardParams, RmsNormForwardParams, SWIGLU_THREADS, StepStateDevice,
     SwigluBackwardParams,
 };
@@ -277,15 +277,17 @@ fn dequantised(order: Order, matrix: &Nf4Matrix) -> Vec<u16> {
     let table = upload(&device, "dynamic_code", &dynamic::CODE);
     let mut params = Nf4DequantizeParams {
         out: out.address(),
-        codes: codes.address(),
-        dynamic_code: table.address(),
+        weight: Nf4Weight {
+            codes: codes.address(),
+            dynamic_code: table.address(),
+            ..Nf4Weight::default()
+        },
         num_elements: num_elements as u64,
-        ..Nf4DequantizeParams::default()
     };
     let scales = match &matrix.absmax {
         Absmax::Plain(absmax) => {
             let absmax = upload(&device, "absmax", absmax.f32().unwrap());
-            params.absmax = absmax.address();
+            params.weight.absmax = absmax.address();
             vec![absmax]
         }
         Absmax::Nested {
@@ -294,10 +296,13 @@ fn dequantised(order: Order, matrix: &Nf4Matrix) -> Vec<u16> {
             offset,
         } => {
             let codes = upload(&device, "nested_codes", codes.u8().unwrap());
-            let absmax = upload(&device, "nested_absmax", nested_absmax.f32().unwrap());
-            (params.nested_codes, params.nested_absmax) = (codes.address(), absmax.address());
-            params.offset = *offset;
-            vec![codes, absmax]
+            // On the device each nested scale is followed by the offset.
+            let scales = nested_absmax.f32().unwrap().iter();
+            let pairs: Vec<f32> = scales.flat_map(|scale| [*scale, *offset]).collect();
+            let pairs = upload(&device, "nested_absmax", &pairs);
+            params.weight.nested_codes = codes.address();
+            params.weight.nested_absmax = pairs.address();
+            vec![codes, pairs]
         }
     };
     let blocks = num_elements.div_ceil(NF4_ELEMENTS_PER_BLOCK as usize);
@@ -375,11 +380,13 @@ fn a_kernel_that_writes_beyond_a_buffer_is_told_which() {
     let out = device.alloc("out", 100 * 2).unwrap();
     let params = Nf4DequantizeParams {
         out: out.address(),
-        codes: codes.address(),
-        absmax: absmax.address(),
+        weight: Nf4Weight {
+            codes: codes.address(),
+            absmax: absmax.address(),
+            ..Nf4Weight::default()
+        },
         // One more than there is room for.
         num_elements: 101,
-        ..Nf4DequantizeParams::default()
     };
     let error = device
         .launch(DEQUANTIZE, Grid::line(1), bytemuck::bytes_of(&params))

@@ -15,7 +15,7 @@ use brightrun::config::model::{
     LayerConfig, LinearAttentionConfig, MixerKind, MlpKind, ModelConfig, MoeConfig, RopeConfig,
     RopeScaling,
 };
-use brightrun::config::{MoeLora, Recompute};
+use brightrun::config::{LoraDType, MoeLora, Optimizer, Recompute};
 use brightrun::data::{Batch, StepBatches};
 use brightrun::model::adapter::AdapterSettings;
 use brightrun::model::random_weights::RandomWeights;
@@ -119,6 +119,8 @@ fn settings(dropout: f64) -> AdapterSettings {
 }
 
 const OPTIMIZER: OptimizerSettings = OptimizerSettings {
+    kind: Optimizer::Adamw,
+    lora_dtype: LoraDType::Fp32,
     beta1: 0.9,
     beta2: 0.999,
     epsilon: 1e-8,

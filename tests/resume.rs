@@ -65,15 +65,17 @@ struct RunResult {
 }
 
 fn result(project: &Project) -> RunResult {
+    result_after(project, TOTAL_STEPS)
+}
+
+fn result_after(project: &Project, steps: u64) -> RunResult {
     let mut metrics = project.metrics();
     for line in &mut metrics {
         let line = line.as_object_mut().unwrap();
         line.remove("elapsed_s");
         line.remove("tokens_per_second");
     }
-    let state = project.path(&format!(
-        "out/checkpoints/step-{TOTAL_STEPS}/adapter.safetensors"
-    ));
+    let state = project.path(&format!("out/checkpoints/step-{steps}/adapter.safetensors"));
     RunResult {
         metrics,
         adapter: project.adapter_bytes(),
@@ -139,6 +141,26 @@ fn a_run_stopped_at_every_step_ends_with_the_same_bytes() {
     // Running it once more changes nothing.
     run_until(&project, 0);
     assert!(result(&project) == expected);
+}
+
+#[test]
+fn moments_in_8_bits_resume_with_the_same_bytes_and_only_with_their_optimizer() {
+    let whole = project("optimizer: adamw_8bit\n");
+    whole.succeed("train", &[]);
+    let expected = result(&whole);
+    assert!(expected.adapter != uninterrupted().adapter);
+    let stopped = project("optimizer: adamw_8bit\n");
+    run_until(&stopped, 7);
+    let checkpoint = stopped.path("out/checkpoints/step-7");
+    let from = format!("resume_from_checkpoint={}", checkpoint.display());
+    let output = stopped.run("train", &["--set", "optimizer=adamw", "--set", &from]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        text.contains("holds the moments of `optimizer: adamw_8bit`, this run has `adamw`"),
+        "{text}"
+    );
+    run_until(&stopped, 0);
+    assert!(result(&stopped) == expected);
 }
 
 #[test]
@@ -368,4 +390,34 @@ fn any_flipped_bit_of_a_checkpoint_is_noticed() {
         }
         fs_err::write(dir.join(file), &good).unwrap();
     }
+}
+
+/// Four steps on the emulated device: what is computed there is kept, resumed and recomputed to the same bits too.
+#[cfg(feature = "emu")]
+#[test]
+fn the_emulated_device_stops_resumes_and_recomputes_to_the_same_bytes() {
+    const STEPS: u64 = 4;
+    let emulated = |settings: &str| {
+        let project = project(settings);
+        let path = project.path("train.yml");
+        let text = fs_err::read_to_string(&path).unwrap();
+        let text = text.replace("device: cpu", "device: emu");
+        let text = text.replace("num_epochs: 4", &format!("max_steps: {STEPS}"));
+        fs_err::write(&path, text).unwrap();
+        project
+    };
+    let whole = emulated("");
+    run_until(&whole, 0);
+    let expected = result_after(&whole, STEPS);
+    assert_eq!(expected.metrics.len() as u64, STEPS);
+    let stopped = emulated("");
+    for step in [1, 3] {
+        let outcome = run_until(&stopped, step);
+        assert!(matches!(outcome, Outcome::Stopped { .. }), "{outcome:?}");
+    }
+    run_until(&stopped, 0);
+    assert!(result_after(&stopped, STEPS) == expected);
+    let recomputed = emulated("recompute: full\n");
+    run_until(&recomputed, 0);
+    assert!(result_after(&recomputed, STEPS) == expected);
 }

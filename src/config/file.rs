@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use super::reader::{Reader, shown};
 use super::{
-    AdapterDType, AdapterKind, DatasetSource, DatasetType, Device, LrScheduler, MoeLora, Optimizer,
-    Recompute, Resume, TrainConfig,
+    AdapterDType, AdapterKind, DatasetSource, DatasetType, Device, LoraDType, LrScheduler, MoeLora,
+    Optimizer, Recompute, Resume, TrainConfig,
 };
 use crate::error::{Error, Result};
 
@@ -159,6 +159,7 @@ fn read(reader: &mut Reader) -> TrainConfig {
             AdapterDType::ALL,
             0,
         ),
+        lora_dtype: choice(reader, "lora_dtype", LoraDType::NAMES, LoraDType::ALL, 0),
         sequence_len: reader.count("sequence_len", 2).unwrap_or(4096),
         sample_packing: reader.switch("sample_packing", true),
         fold_conversations: reader.switch("fold_conversations", true),
@@ -233,12 +234,10 @@ fn check_together(reader: &mut Reader, config: &TrainConfig) {
                 .to_owned(),
         );
     }
-    if config.optimizer == Optimizer::Adamw8bit
-        && matches!(config.device, Device::Auto | Device::Cpu)
-    {
+    // `device: auto` is known when it is opened.
+    if config.lora_dtype == LoraDType::Bf16 && config.device == Device::Cpu {
         reader.problem(
-            "`optimizer` is `adamw_8bit`, which the CPU backend does not have; use `adamw`"
-                .to_owned(),
+            "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`".to_owned(),
         );
     }
 }

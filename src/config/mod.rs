@@ -50,6 +50,8 @@ pub struct TrainConfig {
     pub use_rslora: bool,
     /// Element type of exported adapter tensors. Default `bf16`.
     pub adapter_dtype: AdapterDType,
+    /// Element type of the adapter while it is trained. Default `fp32`; `bf16` on a GPU.
+    pub lora_dtype: LoraDType,
     /// Longest sequence in tokens. Default 4096.
     pub sequence_len: usize,
     /// Run the sequences of a micro-batch in one pass, without padding. Default true.
@@ -165,6 +167,15 @@ config_enum!(
         F16 = "f16",
         /// IEEE single.
         F32 = "f32",
+    }
+);
+config_enum!(
+    /// Element type of the adapter while it is trained; gradients stay in f32.
+    LoraDType {
+        /// IEEE single.
+        Fp32 = "fp32",
+        /// bfloat16, rounded stochastically by the optimizer.
+        Bf16 = "bf16",
     }
 );
 config_enum!(

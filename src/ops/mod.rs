@@ -12,15 +12,19 @@
 //! Errors of every op: [`Error::Shape`](crate::error::Error::Shape) where extents disagree,
 //! [`Error::DType`](crate::error::Error::DType) where an element type does.
 
+pub mod dynamic_map;
+mod optimizer;
 mod types;
 
+pub use optimizer::{AdamWConstants, AdamWStep, MOMENTS_BLOCKSIZE, Moments, UpdateReport};
 pub use types::{
-    AdamWStep, AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear,
-    LoraPair, NormSpec, QkWeights, Routing, StepState, UpdateReport,
+    AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear, LoraPair,
+    NormSpec, QkWeights, Routing, StepState,
 };
 
 use crate::error::Result;
 use crate::store::Weight;
+use crate::store::nf4::Nf4Matrix;
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
@@ -48,6 +52,12 @@ pub trait Ops: std::fmt::Debug {
 
     /// The gate, up and down matrices of a layer's experts as this device's products read them.
     fn place_experts(&self, experts: [Vec<Weight>; 3]) -> Result<[Vec<Weight>; 3]>;
+
+    /// `weights`, an f32 or bf16 matrix in this device's memory, in NF4.
+    fn quantize(&self, weights: &Tensor, double_quant: bool) -> Result<Weight> {
+        let matrix = Nf4Matrix::from_tensor(weights, double_quant)?;
+        self.place_weight(Weight::Nf4(matrix))
+    }
 
     /// Makes everything ready for batches of up to `capacity` tokens. `pass` makes the calls of a step, on planned tensors;
     /// they compute nothing, but tell how much temporary memory the device must hold. Returns its bytes.
@@ -504,17 +514,14 @@ pub trait Ops: std::fmt::Debug {
         state: &StepState,
     ) -> Result<()>;
 
-    /// Global norm, clipping and `AdamW` over the flat arena, all `[n]` f32; the gradient is zeroed. An update of a step whose
-    /// loss (the sum of `token_loss`) or norm is not finite is not made, and the gradient stays for inspection.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the state of the optimizer, the step"
-    )]
+    /// Global norm, clipping and `AdamW` over the flat arena; the gradient is zeroed. An update of a step whose loss (the sum of
+    /// `token_loss`) or norm is not finite is not made, and the gradient stays for inspection.
+    ///
+    /// `params [n]` f32, or bf16, which is rounded stochastically; `grads [n]` f32; `token_loss [T]` f32.
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
         token_loss: &Tensor,
         step: AdamWStep,

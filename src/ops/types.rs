@@ -337,36 +337,6 @@ impl DeltaSpec {
     }
 }
 
-/// `AdamW`'s constants for one step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWStep {
-    /// Learning rate.
-    pub learning_rate: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Clip the global norm to this; 0: do not clip.
-    pub max_grad_norm: f64,
-    /// Number of this update, from 1.
-    pub step: u64,
-}
-
-/// What became of an update.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct UpdateReport {
-    /// Sum of the target tokens' losses over the step.
-    pub loss_sum: f64,
-    /// Global L2 norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// The update was made; it is not where loss or norm is not finite.
-    pub applied: bool,
-}
-
 /// Where a gradient goes.
 #[derive(Debug)]
 pub enum GradOut<'a> {

@@ -67,6 +67,7 @@ pub struct Tensor {
 #[derive(Debug, Clone)]
 enum Storage {
     F32(Vec<f32>),
+    Bf16(Vec<bf16>),
     U8(Vec<u8>),
     U32(Vec<u32>),
     I32(Vec<i32>),
@@ -88,7 +89,7 @@ impl Tensor {
     /// Zeros.
     ///
     /// # Panics
-    /// For the 16-bit float types, which the host only ever reads from files.
+    /// For f16, which the host only ever reads from files.
     pub fn zeros(name: impl Into<String>, shape: &[usize], dtype: DType) -> Self {
         let len = shape.iter().product();
         let storage = match dtype {
@@ -96,7 +97,8 @@ impl Tensor {
             DType::U8 => Storage::U8(vec![0; len]),
             DType::U32 => Storage::U32(vec![0; len]),
             DType::I32 => Storage::I32(vec![0; len]),
-            DType::Bf16 | DType::F16 => unreachable!("16-bit floats are not allocated on the host"),
+            DType::Bf16 => Storage::Bf16(vec![bf16::ZERO; len]),
+            DType::F16 => unreachable!("f16 is not allocated on the host"),
         };
         Self {
             name: name.into(),
@@ -333,7 +335,7 @@ impl Tensor {
                 offset: offset + range.start * inner * self.dtype.size(),
             },
             Storage::Planned => Storage::Planned,
-            Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
+            Storage::Bf16(_) | Storage::U8(_) | Storage::U32(_) | Storage::I32(_) => {
                 return Err(self.mismatch(DType::F32));
             }
         };
@@ -355,7 +357,8 @@ impl Tensor {
             Storage::Mapped { .. } if self.dtype == DType::F32 => {
                 Ok(bytemuck::cast_slice(self.mapped_bytes()))
             }
-            Storage::U8(_)
+            Storage::Bf16(_)
+            | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
@@ -389,12 +392,45 @@ impl Tensor {
             Storage::U8(values) => Ok(values),
             Storage::Mapped { .. } if self.dtype == DType::U8 => Ok(self.mapped_bytes()),
             Storage::F32(_)
+            | Storage::Bf16(_)
             | Storage::U32(_)
             | Storage::I32(_)
             | Storage::Mapped { .. }
             | Storage::Device { .. }
             | Storage::Planned => Err(self.mismatch(DType::U8)),
         }
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not owned `u8` in host memory.
+    pub fn u8_mut(&mut self) -> Result<&mut [u8]> {
+        if let Storage::U8(values) = &mut self.storage {
+            return Ok(values);
+        }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "owned u8",
+        })
+    }
+
+    /// Elements, to be written.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if they are not owned `bf16` in host memory.
+    pub fn bf16_mut(&mut self) -> Result<&mut [bf16]> {
+        if let Storage::Bf16(values) = &mut self.storage {
+            return Ok(values);
+        }
+        Err(Error::DType {
+            op: "tensor",
+            tensor: self.name.clone(),
+            found: self.dtype.name(),
+            expected: "owned bf16",
+        })
     }
 
     /// Elements.
@@ -445,6 +481,11 @@ impl Tensor {
     pub fn widen(&self, range: Range<usize>, out: &mut [f32]) -> Result<()> {
         match (&self.storage, self.dtype) {
             (Storage::F32(values), _) => out.copy_from_slice(&values[range]),
+            (Storage::Bf16(values), _) => {
+                for (out, value) in out.iter_mut().zip(&values[range]) {
+                    *out = value.to_f32();
+                }
+            }
             (Storage::Mapped { .. }, DType::F32) => {
                 out.copy_from_slice(&bytemuck::cast_slice::<u8, f32>(self.mapped_bytes())[range]);
             }
@@ -487,6 +528,7 @@ impl Tensor {
         match &self.storage {
             Storage::Mapped { map, bytes } => Some((map, bytes.clone())),
             Storage::F32(_)
+            | Storage::Bf16(_)
             | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)

@@ -25,6 +25,7 @@ impl Tensor {
             Storage::Device { memory, offset } => Ok(memory.address() + *offset as u64),
             Storage::Planned => Ok(0),
             Storage::F32(_)
+            | Storage::Bf16(_)
             | Storage::U8(_)
             | Storage::U32(_)
             | Storage::I32(_)
@@ -44,6 +45,7 @@ impl Tensor {
     pub fn bytes(&self) -> Result<Cow<'_, [u8]>> {
         match &self.storage {
             Storage::F32(values) => Ok(Cow::Borrowed(bytemuck::cast_slice(values))),
+            Storage::Bf16(values) => Ok(Cow::Borrowed(bytemuck::cast_slice(values))),
             Storage::U8(values) => Ok(Cow::Borrowed(values)),
             Storage::U32(values) => Ok(Cow::Borrowed(bytemuck::cast_slice(values))),
             Storage::I32(values) => Ok(Cow::Borrowed(bytemuck::cast_slice(values))),
@@ -108,8 +110,8 @@ impl Tensor {
     /// Sets all elements, rounded where the tensor is bf16.
     ///
     /// # Errors
-    /// [`Error::Shape`] if their number is another; [`Error::DType`] if the tensor is neither owned `f32` nor floating point
-    /// on a device; those of the device.
+    /// [`Error::Shape`] if their number is another; [`Error::DType`] if the tensor is neither owned nor on a device, or not
+    /// floating point; those of the device.
     pub fn write_f32(&mut self, values: &[f32]) -> Result<()> {
         if values.len() != self.len() {
             return Err(Error::Shape {
@@ -121,6 +123,11 @@ impl Tensor {
         }
         match (&mut self.storage, self.dtype) {
             (Storage::F32(own), _) => own.copy_from_slice(values),
+            (Storage::Bf16(own), _) => {
+                for (own, value) in own.iter_mut().zip(values) {
+                    *own = bf16::from_f32(*value);
+                }
+            }
             (Storage::Device { memory, offset }, DType::F32) => {
                 memory.write(*offset, bytemuck::cast_slice(values))?;
             }
@@ -143,6 +150,7 @@ impl Tensor {
         }
         match &mut self.storage {
             Storage::F32(own) => bytemuck::cast_slice_mut(own).copy_from_slice(bytes),
+            Storage::Bf16(own) => bytemuck::cast_slice_mut(own).copy_from_slice(bytes),
             Storage::U8(own) => own.copy_from_slice(bytes),
             Storage::U32(own) => bytemuck::cast_slice_mut(own).copy_from_slice(bytes),
             Storage::I32(own) => bytemuck::cast_slice_mut(own).copy_from_slice(bytes),
@@ -160,6 +168,7 @@ impl Tensor {
         let num_bytes = self.num_bytes();
         match &mut self.storage {
             Storage::F32(own) => own.fill(0.0),
+            Storage::Bf16(own) => own.fill(bf16::ZERO),
             Storage::U8(own) => own.fill(0),
             Storage::U32(own) => own.fill(0),
             Storage::I32(own) => own.fill(0),

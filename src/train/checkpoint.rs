@@ -1,6 +1,6 @@
 //! Checkpoints of a run: written so that a crash at any instant leaves an older good one, verified before they are used.
 //!
-//! `checkpoints/step-N/` holds `adapter.safetensors` (values and moments, f32), `state.json` and `manifest.json` (length
+//! `checkpoints/step-N/` holds `adapter.safetensors` (values and moments, as they are kept), `state.json` and `manifest.json` (length
 //! and BLAKE3 of the other two). It is written as `.step-N.<pid>.partial`, brought to the disk, then renamed; `LATEST`
 //! is only a hint.
 
@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::trainer::AdapterState;
 use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
-use crate::store::checkpoint::widen_bytes;
+use crate::ops::Moments;
+use crate::store::checkpoint::{float_dtype, widen_bytes};
 use crate::tensor::DType;
 
 const FORMAT_VERSION: u32 = 1;
@@ -22,6 +23,8 @@ const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const ADAPTER: &str = "adapter.safetensors";
 const LATEST: &str = "LATEST";
+/// The adapter's values, in `adapter.safetensors`.
+const VALUES: &str = "values";
 
 /// What a run needs besides the adapter to go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,30 +68,45 @@ pub struct Loaded {
     /// Its state.
     pub state: State,
     values: Vec<f32>,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    /// Bytes by name.
+    moments: BTreeMap<String, Vec<u8>>,
 }
 
 impl Loaded {
     /// Puts values and moments into `adapter`.
     ///
     /// # Errors
-    /// [`Error::Format`] if the adapter has another size.
+    /// [`Error::Format`] if the adapter has another size, or its moments are kept otherwise.
     pub fn restore(&self, adapter: &mut AdapterState) -> Result<()> {
-        for (found, target) in [
-            (&self.values, &mut adapter.values),
-            (&self.exp_avg, &mut adapter.exp_avg),
-            (&self.exp_avg_sq, &mut adapter.exp_avg_sq),
-        ] {
-            if found.len() != target.len() {
-                let reason = format!(
-                    "holds {} adapter values, this run has {}",
-                    found.len(),
-                    target.len()
-                );
-                return Err(Error::format(&self.path, reason));
+        let AdapterState {
+            values, moments, ..
+        } = adapter;
+        let wrong = |reason: String| Err(Error::format(&self.path, reason));
+        let is_8bit = matches!(moments, Moments::Blockwise8 { .. });
+        let was_8bit = self.moments.contains_key("exp_avg_absmax");
+        if is_8bit != was_8bit {
+            let name = |in_8bit| if in_8bit { "adamw_8bit" } else { "adamw" };
+            return wrong(format!(
+                "holds the moments of `optimizer: {}`, this run has `{}`; go on with that optimizer, or set \
+                 `resume_from_checkpoint: none`",
+                name(was_8bit),
+                name(is_8bit)
+            ));
+        }
+        if self.values.len() != values.len() {
+            let (found, expected) = (self.values.len(), values.len());
+            return wrong(format!(
+                "holds {found} adapter values, this run has {expected}"
+            ));
+        }
+        values.write_f32(&self.values)?;
+        for (name, target) in moments.tensors_mut() {
+            match self.moments.get(name) {
+                Some(bytes) if bytes.len() == target.num_bytes() => target.write_bytes(bytes)?,
+                _ => {
+                    return wrong(format!("has no `{name}` of {} bytes", target.num_bytes()));
+                }
             }
-            target.write_f32(found)?;
         }
         Ok(())
     }
@@ -280,28 +298,40 @@ pub fn read(path: &Path) -> Result<Loaded> {
     let malformed =
         |error: safetensors::SafeTensorError| Error::format(path.join(ADAPTER), error.to_string());
     let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(malformed)?;
-    let values_of = |name: &str| -> Result<Vec<f32>> {
-        let view = tensors.tensor(name).map_err(malformed)?;
-        Ok(widen_bytes(DType::F32, view.data()))
-    };
+    let values = tensors.tensor(VALUES).map_err(malformed)?;
+    let dtype = float_dtype(values.dtype())
+        .ok_or_else(|| Error::format(path.join(ADAPTER), "holds values of another type"))?;
+    let moments = tensors.tensors().into_iter();
+    let moments = moments.filter(|(name, _)| name != VALUES);
     Ok(Loaded {
         path: path.to_owned(),
-        values: values_of("values")?,
-        exp_avg: values_of("exp_avg")?,
-        exp_avg_sq: values_of("exp_avg_sq")?,
+        values: widen_bytes(dtype, values.data()),
+        moments: moments
+            .map(|(name, view)| (name, view.data().to_vec()))
+            .collect(),
         state,
     })
 }
 
 fn adapter_bytes(adapter: &AdapterState) -> Result<Vec<u8>> {
-    let named = [
-        ("values", adapter.values.bytes()?),
-        ("exp_avg", adapter.exp_avg.bytes()?),
-        ("exp_avg_sq", adapter.exp_avg_sq.bytes()?),
-    ];
+    let mut named = vec![(VALUES, &adapter.values)];
+    named.extend(adapter.moments.tensors());
+    let mut contents = Vec::new();
+    for (name, tensor) in named {
+        let dtype = match tensor.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::Bf16 => Dtype::BF16,
+            DType::U8 => Dtype::U8,
+            DType::F16 | DType::U32 | DType::I32 => {
+                return Err(Error::format(ADAPTER, "holds no tensor of that type"));
+            }
+        };
+        contents.push((name, dtype, tensor.bytes()?));
+    }
     let mut tensors = Vec::new();
-    for (name, bytes) in &named {
-        let view = TensorView::new(Dtype::F32, vec![bytes.len() / DType::F32.size()], bytes);
+    for (name, dtype, bytes) in &contents {
+        let len = bytes.len() * 8 / dtype.bitsize();
+        let view = TensorView::new(*dtype, vec![len], bytes);
         tensors.push((*name, view.map_err(unwritable)?));
     }
     safetensors::serialize(tensors, None).map_err(unwritable)

@@ -12,7 +12,7 @@ use super::prepare::{Prepared, eval_packing, settings};
 use super::schedule::Schedule;
 use super::stop::StopFlag;
 use super::trainer::{OptimizerSettings, StepReport, Trainer};
-use crate::config::{Env, Resume, TrainConfig};
+use crate::config::{Env, LoraDType, Resume, TrainConfig};
 use crate::data::Batch;
 use crate::durable::Durable;
 use crate::error::{Error, Result};
@@ -21,6 +21,7 @@ use crate::model::adapter::AdapterSettings;
 use crate::model::weights::{self, Placed};
 use crate::ops::Ops;
 use crate::store::quantized::{QuantizePolicy, QuantizedStore};
+use crate::tensor::DType;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,6 +95,13 @@ fn load(
     prepared: &Prepared,
     observer: &mut dyn Observer,
 ) -> Result<Trainer> {
+    if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
+        let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
+        return Err(Error::Config {
+            origin: "run".to_owned(),
+            reason: reason.to_owned(),
+        });
+    }
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));
     let settings = AdapterSettings::new(config);
     let positions = prepared.num_positions();

@@ -1,11 +1,11 @@
 //! One optimizer step: forward and backward over its micro-batches, then the update. No allocation, no I/O.
 
-use crate::config::{Recompute, TrainConfig};
+use crate::config::{LoraDType, Optimizer, Recompute, TrainConfig};
 use crate::data::{Batch, StepBatches};
 use crate::error::{Error, Result};
 use crate::model::decoder::{Decoder, DecoderActs, DecoderTmp};
 use crate::model::{Pass, Rows};
-use crate::ops::{AdamWStep, DropoutState, Ops, StepState, UpdateReport};
+use crate::ops::{AdamWStep, DropoutState, Moments, Ops, StepState, UpdateReport};
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
@@ -15,6 +15,10 @@ const ACTIVATION_SHARE: f64 = 0.5;
 /// The optimizer's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OptimizerSettings {
+    /// How the moments are kept.
+    pub kind: Optimizer,
+    /// Element type of the adapter.
+    pub lora_dtype: LoraDType,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
@@ -31,6 +35,8 @@ impl OptimizerSettings {
     /// Those of `config`.
     pub fn new(config: &TrainConfig) -> Self {
         Self {
+            kind: config.optimizer,
+            lora_dtype: config.lora_dtype,
             beta1: config.adam_beta1,
             beta2: config.adam_beta2,
             epsilon: config.adam_epsilon,
@@ -40,22 +46,16 @@ impl OptimizerSettings {
     }
 
     /// Those of update number `step` at `learning_rate`.
-    fn at(self, step: u64, learning_rate: f64) -> AdamWStep {
-        let Self {
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            max_grad_norm,
-        } = self;
+    fn at(self, step: u64, learning_rate: f64, seed: u64) -> AdamWStep {
         AdamWStep {
             learning_rate,
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            max_grad_norm,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
             step,
+            seed,
         }
     }
 }
@@ -73,33 +73,44 @@ pub struct StepReport {
     pub num_tokens: usize,
 }
 
-/// The adapter's flat arenas, each `[n]` f32.
+/// The adapter's flat arenas, each `[n]`.
 #[derive(Debug)]
 pub struct AdapterState {
-    /// Values.
+    /// Values, f32 or bf16.
     pub values: Tensor,
-    /// Gradients; zero between steps.
+    /// Gradients, f32; zero between steps.
     pub grads: Tensor,
-    /// First moment.
-    pub exp_avg: Tensor,
-    /// Second moment.
-    pub exp_avg_sq: Tensor,
+    /// The optimizer's moments.
+    pub moments: Moments,
 }
 
 impl AdapterState {
-    /// Zeros for `len` elements.
+    /// Memory for `len` elements.
     ///
     /// # Errors
     /// Those of the arena.
-    pub fn alloc(arena: &mut Arena, len: usize) -> Result<Self> {
+    pub fn alloc(arena: &mut Arena, len: usize, settings: OptimizerSettings) -> Result<Self> {
+        let dtype = match settings.lora_dtype {
+            LoraDType::Fp32 => DType::F32,
+            LoraDType::Bf16 => DType::Bf16,
+        };
         arena.scope("lora", |arena| {
             Ok(Self {
-                values: arena.alloc("values", &[len], DType::F32)?,
+                values: arena.alloc("values", &[len], dtype)?,
                 grads: arena.alloc("grads", &[len], DType::F32)?,
-                exp_avg: arena.alloc("exp_avg", &[len], DType::F32)?,
-                exp_avg_sq: arena.alloc("exp_avg_sq", &[len], DType::F32)?,
+                moments: Moments::alloc(arena, len, settings.kind == Optimizer::Adamw8bit)?,
             })
         })
+    }
+
+    /// Sets the values; gradients and moments are zero.
+    fn begin(&mut self, values: &[f32]) -> Result<()> {
+        self.values.write_f32(values)?;
+        self.grads.zero()?;
+        for (_, tensor) in self.moments.tensors_mut() {
+            tensor.zero()?;
+        }
+        Ok(())
     }
 }
 
@@ -146,7 +157,7 @@ impl Trainer {
         };
         let mut memory = ops.arena();
         let buffers = |arena: &mut Arena| -> Result<_> {
-            let adapter = AdapterState::alloc(arena, decoder.adapter.len())?;
+            let adapter = AdapterState::alloc(arena, decoder.adapter.len(), optimizer)?;
             let mut rows = Rows::new(arena, capacity, activation);
             let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
             let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
@@ -161,20 +172,13 @@ impl Trainer {
             };
             decoder.forward(pass, &mut acts, &mut tmp)?;
             decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
-            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0)).map(|_| ())
+            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0, seed)).map(|_| ())
         })?;
         let (mut adapter, acts, tmp) = buffers(&mut memory)?;
         memory.count("scratch", scratch);
         let mut values = vec![0.0; adapter.values.len()];
         decoder.adapter.initialize(&mut values, seed);
-        adapter.values.write_f32(&values)?;
-        for state in [
-            &mut adapter.grads,
-            &mut adapter.exp_avg,
-            &mut adapter.exp_avg_sq,
-        ] {
-            state.zero()?;
-        }
+        adapter.begin(&values)?;
         Ok(Self {
             ops,
             decoder,
@@ -281,7 +285,7 @@ impl Trainer {
     ) -> Result<StepReport> {
         self.passes(batches, completed)?;
         let step = completed + 1;
-        let settings = self.optimizer.at(step, learning_rate);
+        let settings = self.optimizer.at(step, learning_rate, self.seed);
         let report = update(&*self.ops, &mut self.adapter, &self.acts, settings)?;
         if !report.applied {
             return Err(if report.loss_sum.is_finite() {
@@ -409,10 +413,9 @@ fn update(
     let AdapterState {
         values,
         grads,
-        exp_avg,
-        exp_avg_sq,
+        moments,
     } = adapter;
-    ops.adamw(values, exp_avg, exp_avg_sq, grads, &acts.token_loss, step)
+    ops.adamw(values, moments, grads, &acts.token_loss, step)
 }
 
 /// Physical memory of the machine, 8 GB where that cannot be told.

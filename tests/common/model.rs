@@ -1,7 +1,7 @@
 //! A golden model: its trainer on any device, its sequences, its adapter.
 
 use brightrun::config::model::ModelConfig;
-use brightrun::config::{MoeLora, Recompute};
+use brightrun::config::{LoraDType, MoeLora, Optimizer, Recompute};
 use brightrun::data::{Batch, StepBatches};
 use brightrun::model::adapter::AdapterSettings;
 use brightrun::model::weights::{self, Placed};
@@ -50,6 +50,8 @@ pub(crate) fn case_on(
     let decoder = weights::load(&config, &mut source, settings, CAPACITY).unwrap();
     store.verify().unwrap();
     let optimizer = OptimizerSettings {
+        kind: Optimizer::Adamw,
+        lora_dtype: LoraDType::Fp32,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,

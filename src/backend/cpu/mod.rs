@@ -8,6 +8,7 @@
 )]
 
 mod adamw;
+mod adamw8;
 mod attention;
 mod cross_entropy;
 mod delta_inputs;

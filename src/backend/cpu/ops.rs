@@ -6,8 +6,8 @@ use super::{
 };
 use crate::error::Result;
 use crate::ops::{
-    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, NormSpec, Ops, QkWeights,
-    Routing, StepState, UpdateReport,
+    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops,
+    QkWeights, Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
 use crate::tensor::arena::Arena;
@@ -485,12 +485,11 @@ impl Ops for Cpu {
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
         token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport> {
-        adamw::step(params, exp_avg, exp_avg_sq, grads, token_loss, step)
+        adamw::step(params, moments, grads, token_loss, step)
     }
 }

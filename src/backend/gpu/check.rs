@@ -73,3 +73,22 @@ pub(super) fn to_u32(op: &'static str, what: &str, value: usize) -> Result<u32> 
         why: "kernels take extents below 2^32".to_owned(),
     })
 }
+
+/// Address of `tensor`, which must be `capacity` rows of `width` `dtype`.
+pub(super) fn rows_of(
+    op: &'static str,
+    tensor: &Tensor,
+    dtype: DType,
+    [capacity, width]: [usize; 2],
+) -> Result<u64> {
+    let rows = rows(op, tensor, dtype, width)?;
+    if rows.capacity == capacity {
+        return Ok(rows.address);
+    }
+    Err(Error::Shape {
+        op,
+        tensor: tensor.name().to_owned(),
+        found: tensor.shape().to_vec(),
+        expected: vec![capacity, width],
+    })
+}

@@ -46,6 +46,7 @@ pub struct Gpu {
     /// `[256]` f32: values of the codes of nested scales.
     dynamic_code: Arc<dyn DeviceMemory>,
     step: RefCell<Option<StepBuffers>>,
+    adamw: adamw::Buffers,
     scratch: Scratch,
     recordings: RefCell<BTreeMap<&'static str, Box<dyn Recording>>>,
 }
@@ -61,6 +62,7 @@ impl Gpu {
         Ok(Self {
             dynamic_code,
             step: RefCell::new(None),
+            adamw: adamw::Buffers::new(&*driver)?,
             scratch: Scratch::new(Arc::clone(&driver)),
             recordings: RefCell::default(),
             driver,

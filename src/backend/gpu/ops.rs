@@ -5,12 +5,12 @@ use std::sync::Arc;
 use super::step::StepBuffers;
 use super::{
     Gpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, gated_norm,
-    linear, moe, norm, place, rope, route,
+    linear, moe, nf4, norm, place, rope, route,
 };
 use crate::error::Result;
 use crate::ops::{
-    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, NormSpec, Ops, QkWeights,
-    Routing, StepState, UpdateReport,
+    AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops,
+    QkWeights, Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
 use crate::tensor::arena::Arena;
@@ -44,6 +44,10 @@ impl Ops for Gpu {
         let [gate, up, down] = experts;
         let place = |weights: Vec<Weight>| place::weights(&*self.driver, &weights);
         Ok([place(gate)?, place(up)?, place(down)?])
+    }
+
+    fn quantize(&self, weights: &Tensor, double_quant: bool) -> Result<Weight> {
+        nf4::quantize(self, weights, double_quant).map(Weight::Nf4)
     }
 
     fn reserve(
@@ -508,12 +512,11 @@ impl Ops for Gpu {
     fn adamw(
         &self,
         params: &mut Tensor,
-        exp_avg: &mut Tensor,
-        exp_avg_sq: &mut Tensor,
+        moments: &mut Moments,
         grads: &mut Tensor,
         token_loss: &Tensor,
         step: AdamWStep,
     ) -> Result<UpdateReport> {
-        adamw::step(self, params, exp_avg, exp_avg_sq, grads, token_loss, step)
+        adamw::step(self, params, moments, grads, token_loss, step)
     }
 }

@@ -11,48 +11,293 @@
     reason = "generated"
 )]
 
+pub const ADAMW_THREADS: u32 = 256;
+pub const ADAMW_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const ADAMW_BLOCKSIZE: u32 = 256;
+pub const ADAMW_CELLS: u32 = 2960;
+pub const ADAMW_FIRST_CELL: u32 = 13312;
+pub const ATTENTION_THREADS: u32 = 128;
+pub const ATTENTION_WIDE_THREADS: u32 = 256;
+pub const ATTENTION_QUERIES: u32 = 128;
+pub const ATTENTION_KEYS: u32 = 64;
+pub const ATTENTION_TILE: u32 = 64;
+pub const ATTENTION_PADDING: u32 = 8;
+pub const ATTENTION_DELTA_THREADS: u32 = 256;
+pub const ATTENTION_DELTA_ROWS: u32 = 32;
+pub const ATTENTION_GATE_THREADS: u32 = 256;
+pub const CAUSAL_CONV_THREADS: u32 = 128;
+pub const CAUSAL_CONV_TOKENS: u32 = 32;
+pub const CROSS_ENTROPY_THREADS: u32 = 512;
+pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_GROUP: u32 = 64;
+pub const CROSS_ENTROPY_TILE_ROWS: u32 = 128;
+pub const CROSS_ENTROPY_TILE_COLUMNS: u32 = 256;
+pub const CROSS_ENTROPY_TILE_THREADS: u32 = 256;
+pub const CROSS_ENTROPY_TILE_SHARED: u32 = 147456;
+pub const CROSS_ENTROPY_SMALL_COLUMNS: u32 = 128;
+pub const CROSS_ENTROPY_SMALL_THREADS: u32 = 128;
+pub const CROSS_ENTROPY_SMALL_SHARED: u32 = 98304;
+pub const CROSS_ENTROPY_DEPTH: u32 = 64;
+pub const CROSS_ENTROPY_SUM_ROWS: u32 = 8;
+pub const DELTA_GATES_THREADS: u32 = 256;
+pub const EMBEDDING_THREADS: u32 = 256;
+pub const GATED_DELTA_CHUNK: u32 = 64;
+pub const GATED_DELTA_THREADS: u32 = 128;
+pub const GATED_DELTA_SCAN_THREADS: u32 = 64;
+pub const GATED_DELTA_SCAN_COLUMNS: u32 = 32;
+pub const GATED_DELTA_SCAN_LANES: u32 = 8;
+pub const GATED_DELTA_GRADIENT_THREADS: u32 = 256;
+pub const GATED_DELTA_PREPARE_SHARED_64: u32 = 55296;
+pub const GATED_DELTA_PREPARE_SHARED_128: u32 = 71680;
+pub const GATED_DELTA_SCAN_SHARED_64: u32 = 48128;
+pub const GATED_DELTA_SCAN_SHARED_128: u32 = 80896;
+pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 37632;
+pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 87808;
+pub const GATED_DELTA_LOCAL_SHARED_64: u32 = 28416;
+pub const GATED_DELTA_LOCAL_SHARED_128: u32 = 52992;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_64: u32 = 77312;
+pub const GATED_DELTA_SCAN_BACKWARD_SHARED_128: u32 = 126464;
+pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
+pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
+pub const GATED_RMS_NORM_THREADS: u32 = 256;
+pub const GATED_RMS_NORM_HEADS: u32 = 16;
 pub const NF4_BLOCKSIZE: u32 = 64;
 pub const NF4_NESTED_BLOCKSIZE: u32 = 256;
 pub const NF4_THREADS: u32 = 256;
 pub const NF4_ELEMENTS_PER_BLOCK: u32 = 8192;
+pub const LINEAR_THREADS: u32 = 128;
+pub const LINEAR_MAX_PROJECTIONS: u32 = 4;
+pub const LINEAR_TILE: u32 = 128;
+pub const LINEAR_SMALL_TILE: u32 = 64;
+pub const LINEAR_SMALL_ROWS: u32 = 256;
+pub const LINEAR_SHARED_NF4: u32 = 82944;
+pub const LINEAR_SHARED_DENSE: u32 = 99328;
+pub const LINEAR_SMALL_SHARED_NF4: u32 = 41984;
+pub const LINEAR_SMALL_SHARED_DENSE: u32 = 50176;
+pub const LORA_THREADS: u32 = 128;
+pub const LORA_ROWS: u32 = 64;
+pub const LORA_RANKS: u32 = 64;
+pub const LORA_GRAD_COLS: u32 = 128;
+pub const LORA_GRAD_TOKENS: u32 = 1024;
+pub const LORA_MAX_JOBS: u32 = 8;
+pub const LORA_GRAD_SHARED: u32 = 57344;
+pub const MOE_TILE_ROWS: u32 = 128;
+pub const MOE_SMALL_TILE_ROWS: u32 = 64;
+pub const MOE_TILES_THREADS: u32 = 256;
+pub const MOE_COMBINE_THREADS: u32 = 256;
+pub const MOE_THREADS: u32 = 128;
+pub const MOE_TILE_COLS: u32 = 128;
+pub const MOE_SHARED_NF4: u32 = 82944;
+pub const MOE_SHARED_DENSE: u32 = 99328;
+pub const MOE_SMALL_SHARED_NF4: u32 = 58368;
+pub const MOE_SMALL_SHARED_DENSE: u32 = 74752;
+pub const MOE_PARTS_PER_TILE: u32 = 2;
+pub const MOE_LORA_THREADS: u32 = 128;
+pub const MOE_LORA_ROWS: u32 = 64;
+pub const MOE_LORA_RANKS: u32 = 64;
+pub const MOE_LORA_GRAD_COLS: u32 = 128;
+pub const MOE_LORA_GRAD_SHARED: u32 = 57344;
+pub const MOE_LORA_MAX_JOBS: u32 = 4;
+pub const MOE_ROUTE_THREADS: u32 = 256;
+pub const MOE_ROUTE_TOKENS: u32 = 32;
+pub const MOE_ROUTE_MAX_EXPERTS: u32 = 1024;
+pub const MOE_ROUTE_SCAN_EXPERTS: u32 = 32;
+pub const NF4_QUANTIZE_THREADS: u32 = 256;
+pub const NF4_QUANTIZE_ELEMENTS_PER_BLOCK: u32 = 2048;
+pub const NF4_QUANTIZE_PARTIALS: u32 = 256;
+pub const QK_NORM_ROPE_THREADS: u32 = 128;
 pub const RMS_NORM_THREADS: u32 = 256;
 pub const SELFTEST_THREADS: u32 = 128;
+pub const SHARED_EXPERT_THREADS: u32 = 256;
 pub const SWIGLU_THREADS: u32 = 256;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct Nf4DequantizeParams {
-    pub out: u64,
-    pub codes: u64,
-    pub absmax: u64,
-    pub nested_codes: u64,
-    pub nested_absmax: u64,
-    pub dynamic_code: u64,
-    pub num_elements: u64,
-    pub offset: f32,
-    pub reserved: u32,
+pub struct AdamWStepDevice {
+    pub max_grad_norm: f64,
+    pub decay: f32,
+    pub weight1: f32,
+    pub beta2: f32,
+    pub weight2: f32,
+    pub step_size: f32,
+    pub root_bias: f32,
+    pub epsilon: f32,
+    pub step: u32,
+    pub rounding_key_low: u32,
+    pub rounding_key_high: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 64usize];
-    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
-    ["Offset of field: Nf4DequantizeParams::out"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
-    ["Offset of field: Nf4DequantizeParams::codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, codes) - 8usize];
-    ["Offset of field: Nf4DequantizeParams::absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, absmax) - 16usize];
-    ["Offset of field: Nf4DequantizeParams::nested_codes"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_codes) - 24usize];
-    ["Offset of field: Nf4DequantizeParams::nested_absmax"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, nested_absmax) - 32usize];
-    ["Offset of field: Nf4DequantizeParams::dynamic_code"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, dynamic_code) - 40usize];
-    ["Offset of field: Nf4DequantizeParams::num_elements"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
-    ["Offset of field: Nf4DequantizeParams::offset"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, offset) - 56usize];
-    ["Offset of field: Nf4DequantizeParams::reserved"]
-        [::std::mem::offset_of!(Nf4DequantizeParams, reserved) - 60usize];
+    ["Size of AdamWStepDevice"][::std::mem::size_of::<AdamWStepDevice>() - 48usize];
+    ["Alignment of AdamWStepDevice"][::std::mem::align_of::<AdamWStepDevice>() - 8usize];
+    ["Offset of field: AdamWStepDevice::max_grad_norm"]
+        [::std::mem::offset_of!(AdamWStepDevice, max_grad_norm) - 0usize];
+    ["Offset of field: AdamWStepDevice::decay"]
+        [::std::mem::offset_of!(AdamWStepDevice, decay) - 8usize];
+    ["Offset of field: AdamWStepDevice::weight1"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight1) - 12usize];
+    ["Offset of field: AdamWStepDevice::beta2"]
+        [::std::mem::offset_of!(AdamWStepDevice, beta2) - 16usize];
+    ["Offset of field: AdamWStepDevice::weight2"]
+        [::std::mem::offset_of!(AdamWStepDevice, weight2) - 20usize];
+    ["Offset of field: AdamWStepDevice::step_size"]
+        [::std::mem::offset_of!(AdamWStepDevice, step_size) - 24usize];
+    ["Offset of field: AdamWStepDevice::root_bias"]
+        [::std::mem::offset_of!(AdamWStepDevice, root_bias) - 28usize];
+    ["Offset of field: AdamWStepDevice::epsilon"]
+        [::std::mem::offset_of!(AdamWStepDevice, epsilon) - 32usize];
+    ["Offset of field: AdamWStepDevice::step"]
+        [::std::mem::offset_of!(AdamWStepDevice, step) - 36usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_low"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_low) - 40usize];
+    ["Offset of field: AdamWStepDevice::rounding_key_high"]
+        [::std::mem::offset_of!(AdamWStepDevice, rounding_key_high) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWReportDevice {
+    pub loss_sum: f64,
+    pub grad_norm: f64,
+    pub clip: f32,
+    pub applied: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWReportDevice"][::std::mem::size_of::<AdamWReportDevice>() - 24usize];
+    ["Alignment of AdamWReportDevice"][::std::mem::align_of::<AdamWReportDevice>() - 8usize];
+    ["Offset of field: AdamWReportDevice::loss_sum"]
+        [::std::mem::offset_of!(AdamWReportDevice, loss_sum) - 0usize];
+    ["Offset of field: AdamWReportDevice::grad_norm"]
+        [::std::mem::offset_of!(AdamWReportDevice, grad_norm) - 8usize];
+    ["Offset of field: AdamWReportDevice::clip"]
+        [::std::mem::offset_of!(AdamWReportDevice, clip) - 16usize];
+    ["Offset of field: AdamWReportDevice::applied"]
+        [::std::mem::offset_of!(AdamWReportDevice, applied) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWSumsParams {
+    pub partial_sums: u64,
+    pub grads: u64,
+    pub token_loss: u64,
+    pub num_elements: u64,
+    pub num_losses: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWSumsParams"][::std::mem::size_of::<AdamWSumsParams>() - 40usize];
+    ["Alignment of AdamWSumsParams"][::std::mem::align_of::<AdamWSumsParams>() - 8usize];
+    ["Offset of field: AdamWSumsParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWSumsParams, partial_sums) - 0usize];
+    ["Offset of field: AdamWSumsParams::grads"]
+        [::std::mem::offset_of!(AdamWSumsParams, grads) - 8usize];
+    ["Offset of field: AdamWSumsParams::token_loss"]
+        [::std::mem::offset_of!(AdamWSumsParams, token_loss) - 16usize];
+    ["Offset of field: AdamWSumsParams::num_elements"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_elements) - 24usize];
+    ["Offset of field: AdamWSumsParams::num_losses"]
+        [::std::mem::offset_of!(AdamWSumsParams, num_losses) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWDecideParams {
+    pub report: u64,
+    pub partial_sums: u64,
+    pub step: u64,
+    pub num_square_sums: u64,
+    pub num_loss_sums: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWDecideParams"][::std::mem::size_of::<AdamWDecideParams>() - 40usize];
+    ["Alignment of AdamWDecideParams"][::std::mem::align_of::<AdamWDecideParams>() - 8usize];
+    ["Offset of field: AdamWDecideParams::report"]
+        [::std::mem::offset_of!(AdamWDecideParams, report) - 0usize];
+    ["Offset of field: AdamWDecideParams::partial_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, partial_sums) - 8usize];
+    ["Offset of field: AdamWDecideParams::step"]
+        [::std::mem::offset_of!(AdamWDecideParams, step) - 16usize];
+    ["Offset of field: AdamWDecideParams::num_square_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_square_sums) - 24usize];
+    ["Offset of field: AdamWDecideParams::num_loss_sums"]
+        [::std::mem::offset_of!(AdamWDecideParams, num_loss_sums) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWUpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_sq: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWUpdateParams"][::std::mem::size_of::<AdamWUpdateParams>() - 64usize];
+    ["Alignment of AdamWUpdateParams"][::std::mem::align_of::<AdamWUpdateParams>() - 8usize];
+    ["Offset of field: AdamWUpdateParams::params"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params) - 0usize];
+    ["Offset of field: AdamWUpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamWUpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamWUpdateParams::grads"]
+        [::std::mem::offset_of!(AdamWUpdateParams, grads) - 16usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamWUpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamWUpdateParams, exp_avg_sq) - 32usize];
+    ["Offset of field: AdamWUpdateParams::step"]
+        [::std::mem::offset_of!(AdamWUpdateParams, step) - 40usize];
+    ["Offset of field: AdamWUpdateParams::report"]
+        [::std::mem::offset_of!(AdamWUpdateParams, report) - 48usize];
+    ["Offset of field: AdamWUpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamWUpdateParams, num_elements) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamW8UpdateParams {
+    pub params: u64,
+    pub params_bf16: u64,
+    pub grads: u64,
+    pub exp_avg: u64,
+    pub exp_avg_absmax: u64,
+    pub exp_avg_sq: u64,
+    pub exp_avg_sq_absmax: u64,
+    pub maps: u64,
+    pub cells: u64,
+    pub step: u64,
+    pub report: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamW8UpdateParams"][::std::mem::size_of::<AdamW8UpdateParams>() - 96usize];
+    ["Alignment of AdamW8UpdateParams"][::std::mem::align_of::<AdamW8UpdateParams>() - 8usize];
+    ["Offset of field: AdamW8UpdateParams::params"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params) - 0usize];
+    ["Offset of field: AdamW8UpdateParams::params_bf16"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, params_bf16) - 8usize];
+    ["Offset of field: AdamW8UpdateParams::grads"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, grads) - 16usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg) - 24usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_absmax) - 32usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq) - 40usize];
+    ["Offset of field: AdamW8UpdateParams::exp_avg_sq_absmax"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, exp_avg_sq_absmax) - 48usize];
+    ["Offset of field: AdamW8UpdateParams::maps"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, maps) - 56usize];
+    ["Offset of field: AdamW8UpdateParams::cells"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, cells) - 64usize];
+    ["Offset of field: AdamW8UpdateParams::step"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, step) - 72usize];
+    ["Offset of field: AdamW8UpdateParams::report"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, report) - 80usize];
+    ["Offset of field: AdamW8UpdateParams::num_elements"]
+        [::std::mem::offset_of!(AdamW8UpdateParams, num_elements) - 88usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -113,6 +358,1525 @@ const _: () = {
         [::std::mem::offset_of!(StepStateDevice, target_rows) - 80usize];
     ["Offset of field: StepStateDevice::target_ids"]
         [::std::mem::offset_of!(StepStateDevice, target_ids) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionForwardParams {
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionForwardParams"][::std::mem::size_of::<AttentionForwardParams>() - 72usize];
+    ["Alignment of AttentionForwardParams"]
+        [::std::mem::align_of::<AttentionForwardParams>() - 8usize];
+    ["Offset of field: AttentionForwardParams::o"]
+        [::std::mem::offset_of!(AttentionForwardParams, o) - 0usize];
+    ["Offset of field: AttentionForwardParams::lse"]
+        [::std::mem::offset_of!(AttentionForwardParams, lse) - 8usize];
+    ["Offset of field: AttentionForwardParams::q"]
+        [::std::mem::offset_of!(AttentionForwardParams, q) - 16usize];
+    ["Offset of field: AttentionForwardParams::k"]
+        [::std::mem::offset_of!(AttentionForwardParams, k) - 24usize];
+    ["Offset of field: AttentionForwardParams::v"]
+        [::std::mem::offset_of!(AttentionForwardParams, v) - 32usize];
+    ["Offset of field: AttentionForwardParams::step"]
+        [::std::mem::offset_of!(AttentionForwardParams, step) - 40usize];
+    ["Offset of field: AttentionForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionForwardParams, num_key_value_heads) - 52usize];
+    ["Offset of field: AttentionForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionForwardParams, head_dim) - 56usize];
+    ["Offset of field: AttentionForwardParams::window"]
+        [::std::mem::offset_of!(AttentionForwardParams, window) - 60usize];
+    ["Offset of field: AttentionForwardParams::scale"]
+        [::std::mem::offset_of!(AttentionForwardParams, scale) - 64usize];
+    ["Offset of field: AttentionForwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionForwardParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionBackwardParams {
+    pub d_q: u64,
+    pub d_k: u64,
+    pub d_v: u64,
+    pub delta: u64,
+    pub d_o: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    pub scale: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionBackwardParams"]
+        [::std::mem::size_of::<AttentionBackwardParams>() - 112usize];
+    ["Alignment of AttentionBackwardParams"]
+        [::std::mem::align_of::<AttentionBackwardParams>() - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_q) - 0usize];
+    ["Offset of field: AttentionBackwardParams::d_k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_k) - 8usize];
+    ["Offset of field: AttentionBackwardParams::d_v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_v) - 16usize];
+    ["Offset of field: AttentionBackwardParams::delta"]
+        [::std::mem::offset_of!(AttentionBackwardParams, delta) - 24usize];
+    ["Offset of field: AttentionBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, d_o) - 32usize];
+    ["Offset of field: AttentionBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionBackwardParams, o) - 40usize];
+    ["Offset of field: AttentionBackwardParams::lse"]
+        [::std::mem::offset_of!(AttentionBackwardParams, lse) - 48usize];
+    ["Offset of field: AttentionBackwardParams::q"]
+        [::std::mem::offset_of!(AttentionBackwardParams, q) - 56usize];
+    ["Offset of field: AttentionBackwardParams::k"]
+        [::std::mem::offset_of!(AttentionBackwardParams, k) - 64usize];
+    ["Offset of field: AttentionBackwardParams::v"]
+        [::std::mem::offset_of!(AttentionBackwardParams, v) - 72usize];
+    ["Offset of field: AttentionBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionBackwardParams, step) - 80usize];
+    ["Offset of field: AttentionBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: AttentionBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(AttentionBackwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: AttentionBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionBackwardParams, head_dim) - 96usize];
+    ["Offset of field: AttentionBackwardParams::window"]
+        [::std::mem::offset_of!(AttentionBackwardParams, window) - 100usize];
+    ["Offset of field: AttentionBackwardParams::scale"]
+        [::std::mem::offset_of!(AttentionBackwardParams, scale) - 104usize];
+    ["Offset of field: AttentionBackwardParams::reserved"]
+        [::std::mem::offset_of!(AttentionBackwardParams, reserved) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateForwardParams {
+    pub y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateForwardParams"]
+        [::std::mem::size_of::<AttentionGateForwardParams>() - 40usize];
+    ["Alignment of AttentionGateForwardParams"]
+        [::std::mem::align_of::<AttentionGateForwardParams>() - 8usize];
+    ["Offset of field: AttentionGateForwardParams::y"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, y) - 0usize];
+    ["Offset of field: AttentionGateForwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, o) - 8usize];
+    ["Offset of field: AttentionGateForwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, q_proj) - 16usize];
+    ["Offset of field: AttentionGateForwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, step) - 24usize];
+    ["Offset of field: AttentionGateForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, num_attention_heads) - 32usize];
+    ["Offset of field: AttentionGateForwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateForwardParams, head_dim) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AttentionGateBackwardParams {
+    pub d_o: u64,
+    pub d_q_proj: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub q_proj: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionGateBackwardParams"]
+        [::std::mem::size_of::<AttentionGateBackwardParams>() - 56usize];
+    ["Alignment of AttentionGateBackwardParams"]
+        [::std::mem::align_of::<AttentionGateBackwardParams>() - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_o) - 0usize];
+    ["Offset of field: AttentionGateBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_q_proj) - 8usize];
+    ["Offset of field: AttentionGateBackwardParams::d_y"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, d_y) - 16usize];
+    ["Offset of field: AttentionGateBackwardParams::o"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, o) - 24usize];
+    ["Offset of field: AttentionGateBackwardParams::q_proj"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, q_proj) - 32usize];
+    ["Offset of field: AttentionGateBackwardParams::step"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, step) - 40usize];
+    ["Offset of field: AttentionGateBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, num_attention_heads) - 48usize];
+    ["Offset of field: AttentionGateBackwardParams::head_dim"]
+        [::std::mem::offset_of!(AttentionGateBackwardParams, head_dim) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CausalConvParams {
+    pub u: u64,
+    pub d_qkvz: u64,
+    pub d_u: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub taps: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CausalConvParams"][::std::mem::size_of::<CausalConvParams>() - 72usize];
+    ["Alignment of CausalConvParams"][::std::mem::align_of::<CausalConvParams>() - 8usize];
+    ["Offset of field: CausalConvParams::u"][::std::mem::offset_of!(CausalConvParams, u) - 0usize];
+    ["Offset of field: CausalConvParams::d_qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, d_qkvz) - 8usize];
+    ["Offset of field: CausalConvParams::d_u"]
+        [::std::mem::offset_of!(CausalConvParams, d_u) - 16usize];
+    ["Offset of field: CausalConvParams::qkvz"]
+        [::std::mem::offset_of!(CausalConvParams, qkvz) - 24usize];
+    ["Offset of field: CausalConvParams::weight"]
+        [::std::mem::offset_of!(CausalConvParams, weight) - 32usize];
+    ["Offset of field: CausalConvParams::step"]
+        [::std::mem::offset_of!(CausalConvParams, step) - 40usize];
+    ["Offset of field: CausalConvParams::num_key_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_key_heads) - 48usize];
+    ["Offset of field: CausalConvParams::num_value_heads"]
+        [::std::mem::offset_of!(CausalConvParams, num_value_heads) - 52usize];
+    ["Offset of field: CausalConvParams::key_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, key_head_dim) - 56usize];
+    ["Offset of field: CausalConvParams::value_head_dim"]
+        [::std::mem::offset_of!(CausalConvParams, value_head_dim) - 60usize];
+    ["Offset of field: CausalConvParams::taps"]
+        [::std::mem::offset_of!(CausalConvParams, taps) - 64usize];
+    ["Offset of field: CausalConvParams::reserved"]
+        [::std::mem::offset_of!(CausalConvParams, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLogitsParams {
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub x: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLogitsParams"]
+        [::std::mem::size_of::<CrossEntropyLogitsParams>() - 72usize];
+    ["Alignment of CrossEntropyLogitsParams"]
+        [::std::mem::align_of::<CrossEntropyLogitsParams>() - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, logits) - 0usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_max) - 8usize];
+    ["Offset of field: CrossEntropyLogitsParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, group_sum) - 16usize];
+    ["Offset of field: CrossEntropyLogitsParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, target_logit) - 24usize];
+    ["Offset of field: CrossEntropyLogitsParams::x"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, x) - 32usize];
+    ["Offset of field: CrossEntropyLogitsParams::head"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, head) - 40usize];
+    ["Offset of field: CrossEntropyLogitsParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, step) - 48usize];
+    ["Offset of field: CrossEntropyLogitsParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, first_target) - 56usize];
+    ["Offset of field: CrossEntropyLogitsParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, num_rows) - 60usize];
+    ["Offset of field: CrossEntropyLogitsParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, hidden_size) - 64usize];
+    ["Offset of field: CrossEntropyLogitsParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLogitsParams, vocab_size) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyLossParams {
+    pub token_loss: u64,
+    pub logits: u64,
+    pub group_max: u64,
+    pub group_sum: u64,
+    pub target_logit: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyLossParams"][::std::mem::size_of::<CrossEntropyLossParams>() - 56usize];
+    ["Alignment of CrossEntropyLossParams"]
+        [::std::mem::align_of::<CrossEntropyLossParams>() - 8usize];
+    ["Offset of field: CrossEntropyLossParams::token_loss"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, token_loss) - 0usize];
+    ["Offset of field: CrossEntropyLossParams::logits"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, logits) - 8usize];
+    ["Offset of field: CrossEntropyLossParams::group_max"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_max) - 16usize];
+    ["Offset of field: CrossEntropyLossParams::group_sum"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, group_sum) - 24usize];
+    ["Offset of field: CrossEntropyLossParams::target_logit"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, target_logit) - 32usize];
+    ["Offset of field: CrossEntropyLossParams::step"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, step) - 40usize];
+    ["Offset of field: CrossEntropyLossParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, first_target) - 48usize];
+    ["Offset of field: CrossEntropyLossParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyLossParams, vocab_size) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyClearParams {
+    pub d_x: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyClearParams"][::std::mem::size_of::<CrossEntropyClearParams>() - 24usize];
+    ["Alignment of CrossEntropyClearParams"]
+        [::std::mem::align_of::<CrossEntropyClearParams>() - 8usize];
+    ["Offset of field: CrossEntropyClearParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyClearParams::step"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, step) - 8usize];
+    ["Offset of field: CrossEntropyClearParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, hidden_size) - 16usize];
+    ["Offset of field: CrossEntropyClearParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyClearParams, reserved) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct CrossEntropyGradientParams {
+    pub d_x: u64,
+    pub partial: u64,
+    pub d_logits: u64,
+    pub head: u64,
+    pub step: u64,
+    pub first_target: u32,
+    pub num_rows: u32,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+    pub num_multiprocessors: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CrossEntropyGradientParams"]
+        [::std::mem::size_of::<CrossEntropyGradientParams>() - 64usize];
+    ["Alignment of CrossEntropyGradientParams"]
+        [::std::mem::align_of::<CrossEntropyGradientParams>() - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_x"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_x) - 0usize];
+    ["Offset of field: CrossEntropyGradientParams::partial"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, partial) - 8usize];
+    ["Offset of field: CrossEntropyGradientParams::d_logits"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, d_logits) - 16usize];
+    ["Offset of field: CrossEntropyGradientParams::head"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, head) - 24usize];
+    ["Offset of field: CrossEntropyGradientParams::step"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, step) - 32usize];
+    ["Offset of field: CrossEntropyGradientParams::first_target"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, first_target) - 40usize];
+    ["Offset of field: CrossEntropyGradientParams::num_rows"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_rows) - 44usize];
+    ["Offset of field: CrossEntropyGradientParams::hidden_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, hidden_size) - 48usize];
+    ["Offset of field: CrossEntropyGradientParams::vocab_size"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, vocab_size) - 52usize];
+    ["Offset of field: CrossEntropyGradientParams::num_multiprocessors"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, num_multiprocessors) - 56usize];
+    ["Offset of field: CrossEntropyGradientParams::reserved"]
+        [::std::mem::offset_of!(CrossEntropyGradientParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct DeltaGatesParams {
+    pub g: u64,
+    pub beta: u64,
+    pub d_ba: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub ba: u64,
+    pub a_log: u64,
+    pub dt_bias: u64,
+    pub step: u64,
+    pub num_value_heads: u32,
+    pub ratio: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DeltaGatesParams"][::std::mem::size_of::<DeltaGatesParams>() - 80usize];
+    ["Alignment of DeltaGatesParams"][::std::mem::align_of::<DeltaGatesParams>() - 8usize];
+    ["Offset of field: DeltaGatesParams::g"][::std::mem::offset_of!(DeltaGatesParams, g) - 0usize];
+    ["Offset of field: DeltaGatesParams::beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, beta) - 8usize];
+    ["Offset of field: DeltaGatesParams::d_ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_ba) - 16usize];
+    ["Offset of field: DeltaGatesParams::d_g"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_g) - 24usize];
+    ["Offset of field: DeltaGatesParams::d_beta"]
+        [::std::mem::offset_of!(DeltaGatesParams, d_beta) - 32usize];
+    ["Offset of field: DeltaGatesParams::ba"]
+        [::std::mem::offset_of!(DeltaGatesParams, ba) - 40usize];
+    ["Offset of field: DeltaGatesParams::a_log"]
+        [::std::mem::offset_of!(DeltaGatesParams, a_log) - 48usize];
+    ["Offset of field: DeltaGatesParams::dt_bias"]
+        [::std::mem::offset_of!(DeltaGatesParams, dt_bias) - 56usize];
+    ["Offset of field: DeltaGatesParams::step"]
+        [::std::mem::offset_of!(DeltaGatesParams, step) - 64usize];
+    ["Offset of field: DeltaGatesParams::num_value_heads"]
+        [::std::mem::offset_of!(DeltaGatesParams, num_value_heads) - 72usize];
+    ["Offset of field: DeltaGatesParams::ratio"]
+        [::std::mem::offset_of!(DeltaGatesParams, ratio) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct EmbeddingForwardParams {
+    pub out: u64,
+    pub table: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub vocab_size: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbeddingForwardParams"][::std::mem::size_of::<EmbeddingForwardParams>() - 32usize];
+    ["Alignment of EmbeddingForwardParams"]
+        [::std::mem::align_of::<EmbeddingForwardParams>() - 8usize];
+    ["Offset of field: EmbeddingForwardParams::out"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, out) - 0usize];
+    ["Offset of field: EmbeddingForwardParams::table"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, table) - 8usize];
+    ["Offset of field: EmbeddingForwardParams::step"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, step) - 16usize];
+    ["Offset of field: EmbeddingForwardParams::hidden_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, hidden_size) - 24usize];
+    ["Offset of field: EmbeddingForwardParams::vocab_size"]
+        [::std::mem::offset_of!(EmbeddingForwardParams, vocab_size) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedDeltaParams {
+    pub o: u64,
+    pub u: u64,
+    pub g: u64,
+    pub beta: u64,
+    pub d_o: u64,
+    pub d_u: u64,
+    pub d_g: u64,
+    pub d_beta: u64,
+    pub gamma: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub w: u64,
+    pub values: u64,
+    pub states: u64,
+    pub inverse: u64,
+    pub d_values: u64,
+    pub d_states: u64,
+    pub step: u64,
+    pub capacity: u32,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 168usize];
+    ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
+    ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
+    ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
+    ["Offset of field: GatedDeltaParams::g"][::std::mem::offset_of!(GatedDeltaParams, g) - 16usize];
+    ["Offset of field: GatedDeltaParams::beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, beta) - 24usize];
+    ["Offset of field: GatedDeltaParams::d_o"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_o) - 32usize];
+    ["Offset of field: GatedDeltaParams::d_u"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_u) - 40usize];
+    ["Offset of field: GatedDeltaParams::d_g"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_g) - 48usize];
+    ["Offset of field: GatedDeltaParams::d_beta"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_beta) - 56usize];
+    ["Offset of field: GatedDeltaParams::gamma"]
+        [::std::mem::offset_of!(GatedDeltaParams, gamma) - 64usize];
+    ["Offset of field: GatedDeltaParams::q_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, q_rstd) - 72usize];
+    ["Offset of field: GatedDeltaParams::k_rstd"]
+        [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
+    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 88usize];
+    ["Offset of field: GatedDeltaParams::values"]
+        [::std::mem::offset_of!(GatedDeltaParams, values) - 96usize];
+    ["Offset of field: GatedDeltaParams::states"]
+        [::std::mem::offset_of!(GatedDeltaParams, states) - 104usize];
+    ["Offset of field: GatedDeltaParams::inverse"]
+        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 112usize];
+    ["Offset of field: GatedDeltaParams::d_values"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 120usize];
+    ["Offset of field: GatedDeltaParams::d_states"]
+        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 128usize];
+    ["Offset of field: GatedDeltaParams::step"]
+        [::std::mem::offset_of!(GatedDeltaParams, step) - 136usize];
+    ["Offset of field: GatedDeltaParams::capacity"]
+        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 144usize];
+    ["Offset of field: GatedDeltaParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 148usize];
+    ["Offset of field: GatedDeltaParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 152usize];
+    ["Offset of field: GatedDeltaParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 156usize];
+    ["Offset of field: GatedDeltaParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 160usize];
+    ["Offset of field: GatedDeltaParams::reserved"]
+        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 164usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct GatedRmsNormParams {
+    pub y: u64,
+    pub rstd: u64,
+    pub d_o: u64,
+    pub d_qkvz: u64,
+    pub d_y: u64,
+    pub o: u64,
+    pub qkvz: u64,
+    pub weight: u64,
+    pub step: u64,
+    pub num_key_heads: u32,
+    pub num_value_heads: u32,
+    pub key_head_dim: u32,
+    pub value_head_dim: u32,
+    pub eps: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatedRmsNormParams"][::std::mem::size_of::<GatedRmsNormParams>() - 96usize];
+    ["Alignment of GatedRmsNormParams"][::std::mem::align_of::<GatedRmsNormParams>() - 8usize];
+    ["Offset of field: GatedRmsNormParams::y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, y) - 0usize];
+    ["Offset of field: GatedRmsNormParams::rstd"]
+        [::std::mem::offset_of!(GatedRmsNormParams, rstd) - 8usize];
+    ["Offset of field: GatedRmsNormParams::d_o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_o) - 16usize];
+    ["Offset of field: GatedRmsNormParams::d_qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_qkvz) - 24usize];
+    ["Offset of field: GatedRmsNormParams::d_y"]
+        [::std::mem::offset_of!(GatedRmsNormParams, d_y) - 32usize];
+    ["Offset of field: GatedRmsNormParams::o"]
+        [::std::mem::offset_of!(GatedRmsNormParams, o) - 40usize];
+    ["Offset of field: GatedRmsNormParams::qkvz"]
+        [::std::mem::offset_of!(GatedRmsNormParams, qkvz) - 48usize];
+    ["Offset of field: GatedRmsNormParams::weight"]
+        [::std::mem::offset_of!(GatedRmsNormParams, weight) - 56usize];
+    ["Offset of field: GatedRmsNormParams::step"]
+        [::std::mem::offset_of!(GatedRmsNormParams, step) - 64usize];
+    ["Offset of field: GatedRmsNormParams::num_key_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_key_heads) - 72usize];
+    ["Offset of field: GatedRmsNormParams::num_value_heads"]
+        [::std::mem::offset_of!(GatedRmsNormParams, num_value_heads) - 76usize];
+    ["Offset of field: GatedRmsNormParams::key_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, key_head_dim) - 80usize];
+    ["Offset of field: GatedRmsNormParams::value_head_dim"]
+        [::std::mem::offset_of!(GatedRmsNormParams, value_head_dim) - 84usize];
+    ["Offset of field: GatedRmsNormParams::eps"]
+        [::std::mem::offset_of!(GatedRmsNormParams, eps) - 88usize];
+    ["Offset of field: GatedRmsNormParams::reserved"]
+        [::std::mem::offset_of!(GatedRmsNormParams, reserved) - 92usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4Weight {
+    pub codes: u64,
+    pub absmax: u64,
+    pub nested_codes: u64,
+    pub nested_absmax: u64,
+    pub dynamic_code: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4Weight"][::std::mem::size_of::<Nf4Weight>() - 40usize];
+    ["Alignment of Nf4Weight"][::std::mem::align_of::<Nf4Weight>() - 8usize];
+    ["Offset of field: Nf4Weight::codes"][::std::mem::offset_of!(Nf4Weight, codes) - 0usize];
+    ["Offset of field: Nf4Weight::absmax"][::std::mem::offset_of!(Nf4Weight, absmax) - 8usize];
+    ["Offset of field: Nf4Weight::nested_codes"]
+        [::std::mem::offset_of!(Nf4Weight, nested_codes) - 16usize];
+    ["Offset of field: Nf4Weight::nested_absmax"]
+        [::std::mem::offset_of!(Nf4Weight, nested_absmax) - 24usize];
+    ["Offset of field: Nf4Weight::dynamic_code"]
+        [::std::mem::offset_of!(Nf4Weight, dynamic_code) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4DequantizeParams {
+    pub out: u64,
+    pub weight: Nf4Weight,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4DequantizeParams"][::std::mem::size_of::<Nf4DequantizeParams>() - 56usize];
+    ["Alignment of Nf4DequantizeParams"][::std::mem::align_of::<Nf4DequantizeParams>() - 8usize];
+    ["Offset of field: Nf4DequantizeParams::out"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, out) - 0usize];
+    ["Offset of field: Nf4DequantizeParams::weight"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, weight) - 8usize];
+    ["Offset of field: Nf4DequantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4DequantizeParams, num_elements) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraModule {
+    pub a: u64,
+    pub b: u64,
+    pub rank: u32,
+    pub first_column: u32,
+    pub scaling: f32,
+    pub module: u32,
+    pub dropout_threshold: u32,
+    pub keep_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraModule"][::std::mem::size_of::<LoraModule>() - 40usize];
+    ["Alignment of LoraModule"][::std::mem::align_of::<LoraModule>() - 8usize];
+    ["Offset of field: LoraModule::a"][::std::mem::offset_of!(LoraModule, a) - 0usize];
+    ["Offset of field: LoraModule::b"][::std::mem::offset_of!(LoraModule, b) - 8usize];
+    ["Offset of field: LoraModule::rank"][::std::mem::offset_of!(LoraModule, rank) - 16usize];
+    ["Offset of field: LoraModule::first_column"]
+        [::std::mem::offset_of!(LoraModule, first_column) - 20usize];
+    ["Offset of field: LoraModule::scaling"][::std::mem::offset_of!(LoraModule, scaling) - 24usize];
+    ["Offset of field: LoraModule::module"][::std::mem::offset_of!(LoraModule, module) - 28usize];
+    ["Offset of field: LoraModule::dropout_threshold"]
+        [::std::mem::offset_of!(LoraModule, dropout_threshold) - 32usize];
+    ["Offset of field: LoraModule::keep_scale"]
+        [::std::mem::offset_of!(LoraModule, keep_scale) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearProjection {
+    pub out: u64,
+    pub dense: u64,
+    pub nf4: Nf4Weight,
+    pub bias: u64,
+    pub lora: LoraModule,
+    pub out_features: u32,
+    pub first_tile: u32,
+    pub out_is_f32: u32,
+    pub out_stride: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearProjection"][::std::mem::size_of::<LinearProjection>() - 120usize];
+    ["Alignment of LinearProjection"][::std::mem::align_of::<LinearProjection>() - 8usize];
+    ["Offset of field: LinearProjection::out"]
+        [::std::mem::offset_of!(LinearProjection, out) - 0usize];
+    ["Offset of field: LinearProjection::dense"]
+        [::std::mem::offset_of!(LinearProjection, dense) - 8usize];
+    ["Offset of field: LinearProjection::nf4"]
+        [::std::mem::offset_of!(LinearProjection, nf4) - 16usize];
+    ["Offset of field: LinearProjection::bias"]
+        [::std::mem::offset_of!(LinearProjection, bias) - 56usize];
+    ["Offset of field: LinearProjection::lora"]
+        [::std::mem::offset_of!(LinearProjection, lora) - 64usize];
+    ["Offset of field: LinearProjection::out_features"]
+        [::std::mem::offset_of!(LinearProjection, out_features) - 104usize];
+    ["Offset of field: LinearProjection::first_tile"]
+        [::std::mem::offset_of!(LinearProjection, first_tile) - 108usize];
+    ["Offset of field: LinearProjection::out_is_f32"]
+        [::std::mem::offset_of!(LinearProjection, out_is_f32) - 112usize];
+    ["Offset of field: LinearProjection::out_stride"]
+        [::std::mem::offset_of!(LinearProjection, out_stride) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearAlignParams {
+    pub out: u64,
+    pub d_out: u64,
+    pub step: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_f32: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearAlignParams"][::std::mem::size_of::<LinearAlignParams>() - 40usize];
+    ["Alignment of LinearAlignParams"][::std::mem::align_of::<LinearAlignParams>() - 8usize];
+    ["Offset of field: LinearAlignParams::out"]
+        [::std::mem::offset_of!(LinearAlignParams, out) - 0usize];
+    ["Offset of field: LinearAlignParams::d_out"]
+        [::std::mem::offset_of!(LinearAlignParams, d_out) - 8usize];
+    ["Offset of field: LinearAlignParams::step"]
+        [::std::mem::offset_of!(LinearAlignParams, step) - 16usize];
+    ["Offset of field: LinearAlignParams::num_cols"]
+        [::std::mem::offset_of!(LinearAlignParams, num_cols) - 24usize];
+    ["Offset of field: LinearAlignParams::stride"]
+        [::std::mem::offset_of!(LinearAlignParams, stride) - 28usize];
+    ["Offset of field: LinearAlignParams::is_f32"]
+        [::std::mem::offset_of!(LinearAlignParams, is_f32) - 32usize];
+    ["Offset of field: LinearAlignParams::reserved"]
+        [::std::mem::offset_of!(LinearAlignParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LinearParams {
+    pub projections: [LinearProjection; 4usize],
+    pub h: u64,
+    pub d_x: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub row_tiles: u32,
+    pub col_tiles: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LinearParams"][::std::mem::size_of::<LinearParams>() - 560usize];
+    ["Alignment of LinearParams"][::std::mem::align_of::<LinearParams>() - 8usize];
+    ["Offset of field: LinearParams::projections"]
+        [::std::mem::offset_of!(LinearParams, projections) - 0usize];
+    ["Offset of field: LinearParams::h"][::std::mem::offset_of!(LinearParams, h) - 480usize];
+    ["Offset of field: LinearParams::d_x"][::std::mem::offset_of!(LinearParams, d_x) - 488usize];
+    ["Offset of field: LinearParams::x"][::std::mem::offset_of!(LinearParams, x) - 496usize];
+    ["Offset of field: LinearParams::xa"][::std::mem::offset_of!(LinearParams, xa) - 504usize];
+    ["Offset of field: LinearParams::lora"][::std::mem::offset_of!(LinearParams, lora) - 512usize];
+    ["Offset of field: LinearParams::step"][::std::mem::offset_of!(LinearParams, step) - 520usize];
+    ["Offset of field: LinearParams::num_projections"]
+        [::std::mem::offset_of!(LinearParams, num_projections) - 528usize];
+    ["Offset of field: LinearParams::in_features"]
+        [::std::mem::offset_of!(LinearParams, in_features) - 532usize];
+    ["Offset of field: LinearParams::xa_width"]
+        [::std::mem::offset_of!(LinearParams, xa_width) - 536usize];
+    ["Offset of field: LinearParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LinearParams, lora_is_bf16) - 540usize];
+    ["Offset of field: LinearParams::row_tiles"]
+        [::std::mem::offset_of!(LinearParams, row_tiles) - 544usize];
+    ["Offset of field: LinearParams::col_tiles"]
+        [::std::mem::offset_of!(LinearParams, col_tiles) - 548usize];
+    ["Offset of field: LinearParams::accumulate"]
+        [::std::mem::offset_of!(LinearParams, accumulate) - 552usize];
+    ["Offset of field: LinearParams::reserved"]
+        [::std::mem::offset_of!(LinearParams, reserved) - 556usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraProjectParams {
+    pub modules: [LoraModule; 4usize],
+    pub rows: [u64; 4usize],
+    pub num_cols: [u32; 4usize],
+    pub strides: [u32; 4usize],
+    pub xa: u64,
+    pub lora: u64,
+    pub step: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraProjectParams"][::std::mem::size_of::<LoraProjectParams>() - 256usize];
+    ["Alignment of LoraProjectParams"][::std::mem::align_of::<LoraProjectParams>() - 8usize];
+    ["Offset of field: LoraProjectParams::modules"]
+        [::std::mem::offset_of!(LoraProjectParams, modules) - 0usize];
+    ["Offset of field: LoraProjectParams::rows"]
+        [::std::mem::offset_of!(LoraProjectParams, rows) - 160usize];
+    ["Offset of field: LoraProjectParams::num_cols"]
+        [::std::mem::offset_of!(LoraProjectParams, num_cols) - 192usize];
+    ["Offset of field: LoraProjectParams::strides"]
+        [::std::mem::offset_of!(LoraProjectParams, strides) - 208usize];
+    ["Offset of field: LoraProjectParams::xa"]
+        [::std::mem::offset_of!(LoraProjectParams, xa) - 224usize];
+    ["Offset of field: LoraProjectParams::lora"]
+        [::std::mem::offset_of!(LoraProjectParams, lora) - 232usize];
+    ["Offset of field: LoraProjectParams::step"]
+        [::std::mem::offset_of!(LoraProjectParams, step) - 240usize];
+    ["Offset of field: LoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(LoraProjectParams, xa_width) - 248usize];
+    ["Offset of field: LoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(LoraProjectParams, lora_is_bf16) - 252usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradJob {
+    pub module: LoraModule,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+    pub first_partial: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradJob"][::std::mem::size_of::<LoraGradJob>() - 80usize];
+    ["Alignment of LoraGradJob"][::std::mem::align_of::<LoraGradJob>() - 8usize];
+    ["Offset of field: LoraGradJob::module"][::std::mem::offset_of!(LoraGradJob, module) - 0usize];
+    ["Offset of field: LoraGradJob::narrow"][::std::mem::offset_of!(LoraGradJob, narrow) - 40usize];
+    ["Offset of field: LoraGradJob::wide"][::std::mem::offset_of!(LoraGradJob, wide) - 48usize];
+    ["Offset of field: LoraGradJob::num_cols"]
+        [::std::mem::offset_of!(LoraGradJob, num_cols) - 56usize];
+    ["Offset of field: LoraGradJob::stride"][::std::mem::offset_of!(LoraGradJob, stride) - 60usize];
+    ["Offset of field: LoraGradJob::is_b"][::std::mem::offset_of!(LoraGradJob, is_b) - 64usize];
+    ["Offset of field: LoraGradJob::first_tile"]
+        [::std::mem::offset_of!(LoraGradJob, first_tile) - 68usize];
+    ["Offset of field: LoraGradJob::first_partial"]
+        [::std::mem::offset_of!(LoraGradJob, first_partial) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LoraGradsParams {
+    pub jobs: [LoraGradJob; 8usize],
+    pub d_lora: u64,
+    pub partials: u64,
+    pub step: u64,
+    pub num_partials: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LoraGradsParams"][::std::mem::size_of::<LoraGradsParams>() - 688usize];
+    ["Alignment of LoraGradsParams"][::std::mem::align_of::<LoraGradsParams>() - 8usize];
+    ["Offset of field: LoraGradsParams::jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, jobs) - 0usize];
+    ["Offset of field: LoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora) - 640usize];
+    ["Offset of field: LoraGradsParams::partials"]
+        [::std::mem::offset_of!(LoraGradsParams, partials) - 648usize];
+    ["Offset of field: LoraGradsParams::step"]
+        [::std::mem::offset_of!(LoraGradsParams, step) - 656usize];
+    ["Offset of field: LoraGradsParams::num_partials"]
+        [::std::mem::offset_of!(LoraGradsParams, num_partials) - 664usize];
+    ["Offset of field: LoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(LoraGradsParams, num_jobs) - 672usize];
+    ["Offset of field: LoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(LoraGradsParams, xa_width) - 676usize];
+    ["Offset of field: LoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(LoraGradsParams, d_lora_is_bf16) - 680usize];
+    ["Offset of field: LoraGradsParams::reserved"]
+        [::std::mem::offset_of!(LoraGradsParams, reserved) - 684usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTile {
+    pub expert: u32,
+    pub first_row: u32,
+    pub num_rows: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTile"][::std::mem::size_of::<MoeTile>() - 16usize];
+    ["Alignment of MoeTile"][::std::mem::align_of::<MoeTile>() - 4usize];
+    ["Offset of field: MoeTile::expert"][::std::mem::offset_of!(MoeTile, expert) - 0usize];
+    ["Offset of field: MoeTile::first_row"][::std::mem::offset_of!(MoeTile, first_row) - 4usize];
+    ["Offset of field: MoeTile::num_rows"][::std::mem::offset_of!(MoeTile, num_rows) - 8usize];
+    ["Offset of field: MoeTile::reserved"][::std::mem::offset_of!(MoeTile, reserved) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRows {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub token_of_row: u64,
+    pub step: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRows"][::std::mem::size_of::<MoeRows>() - 48usize];
+    ["Alignment of MoeRows"][::std::mem::align_of::<MoeRows>() - 8usize];
+    ["Offset of field: MoeRows::tiles"][::std::mem::offset_of!(MoeRows, tiles) - 0usize];
+    ["Offset of field: MoeRows::num_tiles"][::std::mem::offset_of!(MoeRows, num_tiles) - 8usize];
+    ["Offset of field: MoeRows::expert_offsets"]
+        [::std::mem::offset_of!(MoeRows, expert_offsets) - 16usize];
+    ["Offset of field: MoeRows::slot_of_row"]
+        [::std::mem::offset_of!(MoeRows, slot_of_row) - 24usize];
+    ["Offset of field: MoeRows::token_of_row"]
+        [::std::mem::offset_of!(MoeRows, token_of_row) - 32usize];
+    ["Offset of field: MoeRows::step"][::std::mem::offset_of!(MoeRows, step) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeProjection {
+    pub expert0: LinearProjection,
+    pub dense_stride: u64,
+    pub codes_stride: u64,
+    pub absmax_stride: u64,
+    pub nested_codes_stride: u64,
+    pub nested_absmax_stride: u64,
+    pub lora_stride: u64,
+    pub module_stride: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeProjection"][::std::mem::size_of::<MoeProjection>() - 176usize];
+    ["Alignment of MoeProjection"][::std::mem::align_of::<MoeProjection>() - 8usize];
+    ["Offset of field: MoeProjection::expert0"]
+        [::std::mem::offset_of!(MoeProjection, expert0) - 0usize];
+    ["Offset of field: MoeProjection::dense_stride"]
+        [::std::mem::offset_of!(MoeProjection, dense_stride) - 120usize];
+    ["Offset of field: MoeProjection::codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, codes_stride) - 128usize];
+    ["Offset of field: MoeProjection::absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, absmax_stride) - 136usize];
+    ["Offset of field: MoeProjection::nested_codes_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_codes_stride) - 144usize];
+    ["Offset of field: MoeProjection::nested_absmax_stride"]
+        [::std::mem::offset_of!(MoeProjection, nested_absmax_stride) - 152usize];
+    ["Offset of field: MoeProjection::lora_stride"]
+        [::std::mem::offset_of!(MoeProjection, lora_stride) - 160usize];
+    ["Offset of field: MoeProjection::module_stride"]
+        [::std::mem::offset_of!(MoeProjection, module_stride) - 168usize];
+    ["Offset of field: MoeProjection::reserved"]
+        [::std::mem::offset_of!(MoeProjection, reserved) - 172usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeTilesParams {
+    pub tiles: u64,
+    pub num_tiles: u64,
+    pub token_of_row: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub tile_rows: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeTilesParams"][::std::mem::size_of::<MoeTilesParams>() - 56usize];
+    ["Alignment of MoeTilesParams"][::std::mem::align_of::<MoeTilesParams>() - 8usize];
+    ["Offset of field: MoeTilesParams::tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, tiles) - 0usize];
+    ["Offset of field: MoeTilesParams::num_tiles"]
+        [::std::mem::offset_of!(MoeTilesParams, num_tiles) - 8usize];
+    ["Offset of field: MoeTilesParams::token_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, token_of_row) - 16usize];
+    ["Offset of field: MoeTilesParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeTilesParams, expert_offsets) - 24usize];
+    ["Offset of field: MoeTilesParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeTilesParams, slot_of_row) - 32usize];
+    ["Offset of field: MoeTilesParams::num_experts"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts) - 40usize];
+    ["Offset of field: MoeTilesParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeTilesParams, num_experts_per_tok) - 44usize];
+    ["Offset of field: MoeTilesParams::tile_rows"]
+        [::std::mem::offset_of!(MoeTilesParams, tile_rows) - 48usize];
+    ["Offset of field: MoeTilesParams::reserved"]
+        [::std::mem::offset_of!(MoeTilesParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeCombineParams {
+    pub out: u64,
+    pub rows: u64,
+    pub row_of_slot: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub num_experts_per_tok: u32,
+    pub accumulate: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeCombineParams"][::std::mem::size_of::<MoeCombineParams>() - 56usize];
+    ["Alignment of MoeCombineParams"][::std::mem::align_of::<MoeCombineParams>() - 8usize];
+    ["Offset of field: MoeCombineParams::out"]
+        [::std::mem::offset_of!(MoeCombineParams, out) - 0usize];
+    ["Offset of field: MoeCombineParams::rows"]
+        [::std::mem::offset_of!(MoeCombineParams, rows) - 8usize];
+    ["Offset of field: MoeCombineParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeCombineParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeCombineParams::topk_weights"]
+        [::std::mem::offset_of!(MoeCombineParams, topk_weights) - 24usize];
+    ["Offset of field: MoeCombineParams::step"]
+        [::std::mem::offset_of!(MoeCombineParams, step) - 32usize];
+    ["Offset of field: MoeCombineParams::hidden_size"]
+        [::std::mem::offset_of!(MoeCombineParams, hidden_size) - 40usize];
+    ["Offset of field: MoeCombineParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeCombineParams, num_experts_per_tok) - 44usize];
+    ["Offset of field: MoeCombineParams::accumulate"]
+        [::std::mem::offset_of!(MoeCombineParams, accumulate) - 48usize];
+    ["Offset of field: MoeCombineParams::reserved"]
+        [::std::mem::offset_of!(MoeCombineParams, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeWeightGradsParams {
+    pub d_topk_weights: u64,
+    pub partial: u64,
+    pub row_of_slot: u64,
+    pub step: u64,
+    pub num_parts: u32,
+    pub num_experts_per_tok: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeWeightGradsParams"][::std::mem::size_of::<MoeWeightGradsParams>() - 40usize];
+    ["Alignment of MoeWeightGradsParams"][::std::mem::align_of::<MoeWeightGradsParams>() - 8usize];
+    ["Offset of field: MoeWeightGradsParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, d_topk_weights) - 0usize];
+    ["Offset of field: MoeWeightGradsParams::partial"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, partial) - 8usize];
+    ["Offset of field: MoeWeightGradsParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, row_of_slot) - 16usize];
+    ["Offset of field: MoeWeightGradsParams::step"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, step) - 24usize];
+    ["Offset of field: MoeWeightGradsParams::num_parts"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_parts) - 32usize];
+    ["Offset of field: MoeWeightGradsParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeWeightGradsParams, num_experts_per_tok) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeForwardParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub h: u64,
+    pub x: u64,
+    pub xa: u64,
+    pub lora: u64,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeForwardParams"][::std::mem::size_of::<MoeForwardParams>() - 448usize];
+    ["Alignment of MoeForwardParams"][::std::mem::align_of::<MoeForwardParams>() - 8usize];
+    ["Offset of field: MoeForwardParams::projections"]
+        [::std::mem::offset_of!(MoeForwardParams, projections) - 0usize];
+    ["Offset of field: MoeForwardParams::rows"]
+        [::std::mem::offset_of!(MoeForwardParams, rows) - 352usize];
+    ["Offset of field: MoeForwardParams::h"]
+        [::std::mem::offset_of!(MoeForwardParams, h) - 400usize];
+    ["Offset of field: MoeForwardParams::x"]
+        [::std::mem::offset_of!(MoeForwardParams, x) - 408usize];
+    ["Offset of field: MoeForwardParams::xa"]
+        [::std::mem::offset_of!(MoeForwardParams, xa) - 416usize];
+    ["Offset of field: MoeForwardParams::lora"]
+        [::std::mem::offset_of!(MoeForwardParams, lora) - 424usize];
+    ["Offset of field: MoeForwardParams::in_features"]
+        [::std::mem::offset_of!(MoeForwardParams, in_features) - 432usize];
+    ["Offset of field: MoeForwardParams::xa_width"]
+        [::std::mem::offset_of!(MoeForwardParams, xa_width) - 436usize];
+    ["Offset of field: MoeForwardParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeForwardParams, lora_is_bf16) - 440usize];
+    ["Offset of field: MoeForwardParams::reserved"]
+        [::std::mem::offset_of!(MoeForwardParams, reserved) - 444usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeInputGradParams {
+    pub projections: [MoeProjection; 2usize],
+    pub rows: MoeRows,
+    pub d_x: u64,
+    pub d_xa: u64,
+    pub lora: u64,
+    pub h: u64,
+    pub topk_weights: u64,
+    pub partial: u64,
+    pub num_projections: u32,
+    pub in_features: u32,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+    pub is_gathered: u32,
+    pub num_parts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeInputGradParams"][::std::mem::size_of::<MoeInputGradParams>() - 472usize];
+    ["Alignment of MoeInputGradParams"][::std::mem::align_of::<MoeInputGradParams>() - 8usize];
+    ["Offset of field: MoeInputGradParams::projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, projections) - 0usize];
+    ["Offset of field: MoeInputGradParams::rows"]
+        [::std::mem::offset_of!(MoeInputGradParams, rows) - 352usize];
+    ["Offset of field: MoeInputGradParams::d_x"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_x) - 400usize];
+    ["Offset of field: MoeInputGradParams::d_xa"]
+        [::std::mem::offset_of!(MoeInputGradParams, d_xa) - 408usize];
+    ["Offset of field: MoeInputGradParams::lora"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora) - 416usize];
+    ["Offset of field: MoeInputGradParams::h"]
+        [::std::mem::offset_of!(MoeInputGradParams, h) - 424usize];
+    ["Offset of field: MoeInputGradParams::topk_weights"]
+        [::std::mem::offset_of!(MoeInputGradParams, topk_weights) - 432usize];
+    ["Offset of field: MoeInputGradParams::partial"]
+        [::std::mem::offset_of!(MoeInputGradParams, partial) - 440usize];
+    ["Offset of field: MoeInputGradParams::num_projections"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_projections) - 448usize];
+    ["Offset of field: MoeInputGradParams::in_features"]
+        [::std::mem::offset_of!(MoeInputGradParams, in_features) - 452usize];
+    ["Offset of field: MoeInputGradParams::xa_width"]
+        [::std::mem::offset_of!(MoeInputGradParams, xa_width) - 456usize];
+    ["Offset of field: MoeInputGradParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeInputGradParams, lora_is_bf16) - 460usize];
+    ["Offset of field: MoeInputGradParams::is_gathered"]
+        [::std::mem::offset_of!(MoeInputGradParams, is_gathered) - 464usize];
+    ["Offset of field: MoeInputGradParams::num_parts"]
+        [::std::mem::offset_of!(MoeInputGradParams, num_parts) - 468usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectJob {
+    pub projection: MoeProjection,
+    pub rows: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectJob"][::std::mem::size_of::<MoeLoraProjectJob>() - 192usize];
+    ["Alignment of MoeLoraProjectJob"][::std::mem::align_of::<MoeLoraProjectJob>() - 8usize];
+    ["Offset of field: MoeLoraProjectJob::projection"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, projection) - 0usize];
+    ["Offset of field: MoeLoraProjectJob::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, rows) - 176usize];
+    ["Offset of field: MoeLoraProjectJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, num_cols) - 184usize];
+    ["Offset of field: MoeLoraProjectJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraProjectJob, is_gathered) - 188usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraProjectParams {
+    pub jobs: [MoeLoraProjectJob; 2usize],
+    pub rows: MoeRows,
+    pub xa: u64,
+    pub lora: u64,
+    pub xa_width: u32,
+    pub lora_is_bf16: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraProjectParams"][::std::mem::size_of::<MoeLoraProjectParams>() - 456usize];
+    ["Alignment of MoeLoraProjectParams"][::std::mem::align_of::<MoeLoraProjectParams>() - 8usize];
+    ["Offset of field: MoeLoraProjectParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraProjectParams::rows"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, rows) - 384usize];
+    ["Offset of field: MoeLoraProjectParams::xa"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa) - 432usize];
+    ["Offset of field: MoeLoraProjectParams::lora"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora) - 440usize];
+    ["Offset of field: MoeLoraProjectParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, xa_width) - 448usize];
+    ["Offset of field: MoeLoraProjectParams::lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraProjectParams, lora_is_bf16) - 452usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradJob {
+    pub projection: MoeProjection,
+    pub narrow: u64,
+    pub wide: u64,
+    pub num_cols: u32,
+    pub is_gathered: u32,
+    pub is_b: u32,
+    pub first_tile: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradJob"][::std::mem::size_of::<MoeLoraGradJob>() - 208usize];
+    ["Alignment of MoeLoraGradJob"][::std::mem::align_of::<MoeLoraGradJob>() - 8usize];
+    ["Offset of field: MoeLoraGradJob::projection"]
+        [::std::mem::offset_of!(MoeLoraGradJob, projection) - 0usize];
+    ["Offset of field: MoeLoraGradJob::narrow"]
+        [::std::mem::offset_of!(MoeLoraGradJob, narrow) - 176usize];
+    ["Offset of field: MoeLoraGradJob::wide"]
+        [::std::mem::offset_of!(MoeLoraGradJob, wide) - 184usize];
+    ["Offset of field: MoeLoraGradJob::num_cols"]
+        [::std::mem::offset_of!(MoeLoraGradJob, num_cols) - 192usize];
+    ["Offset of field: MoeLoraGradJob::is_gathered"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_gathered) - 196usize];
+    ["Offset of field: MoeLoraGradJob::is_b"]
+        [::std::mem::offset_of!(MoeLoraGradJob, is_b) - 200usize];
+    ["Offset of field: MoeLoraGradJob::first_tile"]
+        [::std::mem::offset_of!(MoeLoraGradJob, first_tile) - 204usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeLoraGradsParams {
+    pub jobs: [MoeLoraGradJob; 4usize],
+    pub rows: MoeRows,
+    pub d_lora: u64,
+    pub topk_weights: u64,
+    pub num_jobs: u32,
+    pub xa_width: u32,
+    pub d_lora_is_bf16: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeLoraGradsParams"][::std::mem::size_of::<MoeLoraGradsParams>() - 912usize];
+    ["Alignment of MoeLoraGradsParams"][::std::mem::align_of::<MoeLoraGradsParams>() - 8usize];
+    ["Offset of field: MoeLoraGradsParams::jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, jobs) - 0usize];
+    ["Offset of field: MoeLoraGradsParams::rows"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, rows) - 832usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora) - 880usize];
+    ["Offset of field: MoeLoraGradsParams::topk_weights"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, topk_weights) - 888usize];
+    ["Offset of field: MoeLoraGradsParams::num_jobs"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, num_jobs) - 896usize];
+    ["Offset of field: MoeLoraGradsParams::xa_width"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, xa_width) - 900usize];
+    ["Offset of field: MoeLoraGradsParams::d_lora_is_bf16"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, d_lora_is_bf16) - 904usize];
+    ["Offset of field: MoeLoraGradsParams::reserved"]
+        [::std::mem::offset_of!(MoeLoraGradsParams, reserved) - 908usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteParams {
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub expert_offsets: u64,
+    pub slot_of_row: u64,
+    pub row_of_slot: u64,
+    pub counts: u64,
+    pub totals: u64,
+    pub logits: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteParams"][::std::mem::size_of::<MoeRouteParams>() - 88usize];
+    ["Alignment of MoeRouteParams"][::std::mem::align_of::<MoeRouteParams>() - 8usize];
+    ["Offset of field: MoeRouteParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_ids) - 0usize];
+    ["Offset of field: MoeRouteParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteParams, topk_weights) - 8usize];
+    ["Offset of field: MoeRouteParams::expert_offsets"]
+        [::std::mem::offset_of!(MoeRouteParams, expert_offsets) - 16usize];
+    ["Offset of field: MoeRouteParams::slot_of_row"]
+        [::std::mem::offset_of!(MoeRouteParams, slot_of_row) - 24usize];
+    ["Offset of field: MoeRouteParams::row_of_slot"]
+        [::std::mem::offset_of!(MoeRouteParams, row_of_slot) - 32usize];
+    ["Offset of field: MoeRouteParams::counts"]
+        [::std::mem::offset_of!(MoeRouteParams, counts) - 40usize];
+    ["Offset of field: MoeRouteParams::totals"]
+        [::std::mem::offset_of!(MoeRouteParams, totals) - 48usize];
+    ["Offset of field: MoeRouteParams::logits"]
+        [::std::mem::offset_of!(MoeRouteParams, logits) - 56usize];
+    ["Offset of field: MoeRouteParams::step"]
+        [::std::mem::offset_of!(MoeRouteParams, step) - 64usize];
+    ["Offset of field: MoeRouteParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts) - 72usize];
+    ["Offset of field: MoeRouteParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteParams, num_experts_per_tok) - 76usize];
+    ["Offset of field: MoeRouteParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteParams, norm_topk_prob) - 80usize];
+    ["Offset of field: MoeRouteParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteParams, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MoeRouteBackwardParams {
+    pub d_logits: u64,
+    pub d_topk_weights: u64,
+    pub logits: u64,
+    pub topk_ids: u64,
+    pub topk_weights: u64,
+    pub step: u64,
+    pub num_experts: u32,
+    pub num_experts_per_tok: u32,
+    pub norm_topk_prob: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MoeRouteBackwardParams"][::std::mem::size_of::<MoeRouteBackwardParams>() - 64usize];
+    ["Alignment of MoeRouteBackwardParams"]
+        [::std::mem::align_of::<MoeRouteBackwardParams>() - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::d_logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_logits) - 0usize];
+    ["Offset of field: MoeRouteBackwardParams::d_topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, d_topk_weights) - 8usize];
+    ["Offset of field: MoeRouteBackwardParams::logits"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, logits) - 16usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_ids"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_ids) - 24usize];
+    ["Offset of field: MoeRouteBackwardParams::topk_weights"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, topk_weights) - 32usize];
+    ["Offset of field: MoeRouteBackwardParams::step"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, step) - 40usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts) - 48usize];
+    ["Offset of field: MoeRouteBackwardParams::num_experts_per_tok"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, num_experts_per_tok) - 52usize];
+    ["Offset of field: MoeRouteBackwardParams::norm_topk_prob"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, norm_topk_prob) - 56usize];
+    ["Offset of field: MoeRouteBackwardParams::reserved"]
+        [::std::mem::offset_of!(MoeRouteBackwardParams, reserved) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeParams {
+    pub codes: u64,
+    pub absmax: u64,
+    pub is_not_finite: u64,
+    pub weights: u64,
+    pub weights_f32: u64,
+    pub num_elements: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeParams"][::std::mem::size_of::<Nf4QuantizeParams>() - 48usize];
+    ["Alignment of Nf4QuantizeParams"][::std::mem::align_of::<Nf4QuantizeParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeParams::is_not_finite"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, is_not_finite) - 16usize];
+    ["Offset of field: Nf4QuantizeParams::weights"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights) - 24usize];
+    ["Offset of field: Nf4QuantizeParams::weights_f32"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, weights_f32) - 32usize];
+    ["Offset of field: Nf4QuantizeParams::num_elements"]
+        [::std::mem::offset_of!(Nf4QuantizeParams, num_elements) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4AbsmaxSumsParams {
+    pub sums: u64,
+    pub absmax: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4AbsmaxSumsParams"][::std::mem::size_of::<Nf4AbsmaxSumsParams>() - 24usize];
+    ["Alignment of Nf4AbsmaxSumsParams"][::std::mem::align_of::<Nf4AbsmaxSumsParams>() - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::sums"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, sums) - 0usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::absmax"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, absmax) - 8usize];
+    ["Offset of field: Nf4AbsmaxSumsParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4AbsmaxSumsParams, num_blocks) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct Nf4QuantizeAbsmaxParams {
+    pub codes: u64,
+    pub nested_absmax: u64,
+    pub absmax: u64,
+    pub sums: u64,
+    pub dynamic_code: u64,
+    pub num_blocks: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Nf4QuantizeAbsmaxParams"][::std::mem::size_of::<Nf4QuantizeAbsmaxParams>() - 48usize];
+    ["Alignment of Nf4QuantizeAbsmaxParams"]
+        [::std::mem::align_of::<Nf4QuantizeAbsmaxParams>() - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::codes"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, codes) - 0usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::nested_absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, nested_absmax) - 8usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::absmax"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, absmax) - 16usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::sums"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, sums) - 24usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::dynamic_code"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, dynamic_code) - 32usize];
+    ["Offset of field: Nf4QuantizeAbsmaxParams::num_blocks"]
+        [::std::mem::offset_of!(Nf4QuantizeAbsmaxParams, num_blocks) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeForwardParams {
+    pub q: u64,
+    pub k: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub eps: f32,
+    pub weight_offset: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeForwardParams"]
+        [::std::mem::size_of::<QkNormRopeForwardParams>() - 120usize];
+    ["Alignment of QkNormRopeForwardParams"]
+        [::std::mem::align_of::<QkNormRopeForwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q) - 0usize];
+    ["Offset of field: QkNormRopeForwardParams::k"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k) - 8usize];
+    ["Offset of field: QkNormRopeForwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_rstd) - 16usize];
+    ["Offset of field: QkNormRopeForwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_rstd) - 24usize];
+    ["Offset of field: QkNormRopeForwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeForwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeForwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_weight) - 48usize];
+    ["Offset of field: QkNormRopeForwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, k_weight) - 56usize];
+    ["Offset of field: QkNormRopeForwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, cos) - 64usize];
+    ["Offset of field: QkNormRopeForwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, sin) - 72usize];
+    ["Offset of field: QkNormRopeForwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, step) - 80usize];
+    ["Offset of field: QkNormRopeForwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_attention_heads) - 88usize];
+    ["Offset of field: QkNormRopeForwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, num_key_value_heads) - 92usize];
+    ["Offset of field: QkNormRopeForwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, head_dim) - 96usize];
+    ["Offset of field: QkNormRopeForwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, q_head_stride) - 100usize];
+    ["Offset of field: QkNormRopeForwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, rotary_dim) - 104usize];
+    ["Offset of field: QkNormRopeForwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, lanes_per_head) - 108usize];
+    ["Offset of field: QkNormRopeForwardParams::eps"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, eps) - 112usize];
+    ["Offset of field: QkNormRopeForwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeForwardParams, weight_offset) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct QkNormRopeBackwardParams {
+    pub d_q_proj: u64,
+    pub d_k_proj: u64,
+    pub d_q: u64,
+    pub d_k: u64,
+    pub q_proj: u64,
+    pub k_proj: u64,
+    pub q_rstd: u64,
+    pub k_rstd: u64,
+    pub q_weight: u64,
+    pub k_weight: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub step: u64,
+    pub num_attention_heads: u32,
+    pub num_key_value_heads: u32,
+    pub head_dim: u32,
+    pub q_head_stride: u32,
+    pub rotary_dim: u32,
+    pub lanes_per_head: u32,
+    pub weight_offset: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of QkNormRopeBackwardParams"]
+        [::std::mem::size_of::<QkNormRopeBackwardParams>() - 136usize];
+    ["Alignment of QkNormRopeBackwardParams"]
+        [::std::mem::align_of::<QkNormRopeBackwardParams>() - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q_proj) - 0usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k_proj) - 8usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_q"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_q) - 16usize];
+    ["Offset of field: QkNormRopeBackwardParams::d_k"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, d_k) - 24usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_proj) - 32usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_proj"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_proj) - 40usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_rstd) - 48usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_rstd"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_rstd) - 56usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_weight) - 64usize];
+    ["Offset of field: QkNormRopeBackwardParams::k_weight"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, k_weight) - 72usize];
+    ["Offset of field: QkNormRopeBackwardParams::cos"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, cos) - 80usize];
+    ["Offset of field: QkNormRopeBackwardParams::sin"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, sin) - 88usize];
+    ["Offset of field: QkNormRopeBackwardParams::step"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, step) - 96usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_attention_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_attention_heads) - 104usize];
+    ["Offset of field: QkNormRopeBackwardParams::num_key_value_heads"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, num_key_value_heads) - 108usize];
+    ["Offset of field: QkNormRopeBackwardParams::head_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, head_dim) - 112usize];
+    ["Offset of field: QkNormRopeBackwardParams::q_head_stride"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, q_head_stride) - 116usize];
+    ["Offset of field: QkNormRopeBackwardParams::rotary_dim"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, rotary_dim) - 120usize];
+    ["Offset of field: QkNormRopeBackwardParams::lanes_per_head"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, lanes_per_head) - 124usize];
+    ["Offset of field: QkNormRopeBackwardParams::weight_offset"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, weight_offset) - 128usize];
+    ["Offset of field: QkNormRopeBackwardParams::reserved"]
+        [::std::mem::offset_of!(QkNormRopeBackwardParams, reserved) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -222,6 +1986,70 @@ const _: () = {
         [::std::mem::offset_of!(SelftestParams, depth) - 32usize];
     ["Offset of field: SelftestParams::fault"]
         [::std::mem::offset_of!(SelftestParams, fault) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddForwardParams {
+    pub out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddForwardParams"]
+        [::std::mem::size_of::<SharedExpertAddForwardParams>() - 40usize];
+    ["Alignment of SharedExpertAddForwardParams"]
+        [::std::mem::align_of::<SharedExpertAddForwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::out"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, out) - 0usize];
+    ["Offset of field: SharedExpertAddForwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, shared) - 8usize];
+    ["Offset of field: SharedExpertAddForwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, logit) - 16usize];
+    ["Offset of field: SharedExpertAddForwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, step) - 24usize];
+    ["Offset of field: SharedExpertAddForwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, hidden_size) - 32usize];
+    ["Offset of field: SharedExpertAddForwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddForwardParams, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SharedExpertAddBackwardParams {
+    pub d_shared: u64,
+    pub d_logit: u64,
+    pub d_out: u64,
+    pub shared: u64,
+    pub logit: u64,
+    pub step: u64,
+    pub hidden_size: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SharedExpertAddBackwardParams"]
+        [::std::mem::size_of::<SharedExpertAddBackwardParams>() - 56usize];
+    ["Alignment of SharedExpertAddBackwardParams"]
+        [::std::mem::align_of::<SharedExpertAddBackwardParams>() - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_shared) - 0usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_logit) - 8usize];
+    ["Offset of field: SharedExpertAddBackwardParams::d_out"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, d_out) - 16usize];
+    ["Offset of field: SharedExpertAddBackwardParams::shared"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, shared) - 24usize];
+    ["Offset of field: SharedExpertAddBackwardParams::logit"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, logit) - 32usize];
+    ["Offset of field: SharedExpertAddBackwardParams::step"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, step) - 40usize];
+    ["Offset of field: SharedExpertAddBackwardParams::hidden_size"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, hidden_size) - 48usize];
+    ["Offset of field: SharedExpertAddBackwardParams::reserved"]
+        [::std::mem::offset_of!(SharedExpertAddBackwardParams, reserved) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

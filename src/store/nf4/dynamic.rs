@@ -8,7 +8,10 @@ use std::sync::LazyLock;
 pub const BLOCKSIZE: usize = 256;
 
 /// Value of each code, ascending from -0.993 to 1.
-pub static CODE: [f32; 256] = code();
+pub static CODE: [f32; 256] = code(true);
+
+/// The code without a sign, ascending from 0 to 1: twice as fine.
+pub static UNSIGNED_CODE: [f32; 256] = code(false);
 
 /// Cells of the lookup from a value in `[-1, 1]` to its code.
 const NUM_CELLS: usize = 65_536;
@@ -66,24 +69,29 @@ fn nearest(value: f64) -> u8 {
     u8::try_from(index).unwrap_or(u8::MAX)
 }
 
-/// Decade `e` of 7, which ends at `10^(e - 6)`, has `2^e` codes: the centres of as many equal parts of its upper 9/10.
-const fn code() -> [f32; 256] {
+/// Decade `e` of 7, which ends at `10^(e - 6)`, has `2^e` codes of each sign, or `2^(e + 1)` without one: the centres of as many
+/// equal parts of its upper 9/10.
+const fn code(signed: bool) -> [f32; 256] {
     const DECADE: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
     let mut code = [0.0; 256];
     code[255] = 1.0;
-    let mut exponent = 0;
-    while exponent < 7 {
-        let num_parts = 1_usize << exponent;
+    let mut decade = 0;
+    while decade < 7 {
+        let num_parts: usize = if signed { 1 } else { 2 } << decade;
         let mut part = 0;
         while part < num_parts {
             let (low, high) = (border(part, num_parts), border(part + 1, num_parts));
-            let value = DECADE[exponent] * f32::midpoint(low, high);
+            let value = DECADE[decade] * f32::midpoint(low, high);
             let rank = num_parts - 1 + part;
-            code[128 + rank] = value;
-            code[126 - rank] = -value;
+            if signed {
+                code[128 + rank] = value;
+                code[126 - rank] = -value;
+            } else {
+                code[rank] = value;
+            }
             part += 1;
         }
-        exponent += 1;
+        decade += 1;
     }
     code
 }

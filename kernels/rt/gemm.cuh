@@ -1,0 +1,219 @@
+// Products of tiles on tensor cores: what linear layers, experts and adapters are made of.
+//
+//   using Tile = GemmTile<128, 128, 2, 2>;           // a block's rows and columns, and its warps along each
+//   Tile::Sums sums = {};                            // this thread's part of the block's [kM, kN] f32 results
+//   accumulate<Tile>(sums, shared, a, b, depth);     // sums += A B^T, as often as there are products to add
+//   add_low_rank<Tile>(sums, shared, ...);           // sums += scaling narrow B^T, an adapter's product
+//   for_each_fragment<Tile>(sums, store);            // the epilogue: store(row, col, float (&sum)[4])
+//
+// An operand knows where its part of global memory lies and brings a stage of kGemmDepth elements in depth to shared memory
+// (rt/operands.cuh: rows of bf16 or f32, gathered rows, NF4, an adapter's tensors). It has
+//   kAlongRows  false: a stage is a tile [extent][kGemmDepth], as rows of x, and of W in x W^T;
+//               true: a tile [kGemmDepth][extent], as W in d_y W, or both operands in d_y^T x;
+//   kStaged     false: copy(tile, step) writes the stage, with asynchronous copies or at once;
+//               true: fetch(step) loads it into registers, store(tile) converts and writes it, one step later.
+// Elements beyond the operand's rows and columns are zeros. Extents are those of the tile: kM for A, kN for B.
+//
+// Shared memory: kGemmStages tiles of an operand that is copied, 2 of one that is staged. In one turn of the loop the copies of
+// step + 2 start, step + 1 is converted, and step is multiplied: one barrier each. A row's 16-byte parts trade places by the row's
+// number (tile_offset), so that copies, stores and matrix loads meet no bank twice.
+// Sums run in depth order: deterministic.
+#pragma once
+
+#include "bits.cuh"
+#include "mma.cuh"
+
+constexpr unsigned kGemmDepth = 64;
+constexpr unsigned kGemmStages = 3;
+
+// A block's tile: kRows x kCols results by kRowWarps x kColWarps warps.
+template <unsigned kRows, unsigned kCols, unsigned kRowWarps, unsigned kColWarps>
+struct GemmTile {
+    static constexpr unsigned kM = kRows, kN = kCols;
+    static constexpr unsigned kThreads = kRowWarps * kColWarps * kWarpSize;
+    // A warp's part, and its fragments of 16 x 8.
+    static constexpr unsigned kWarpM = kM / kRowWarps, kWarpN = kN / kColWarps;
+    static constexpr unsigned kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
+    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "whole matrix loads");
+    using Sums = float[kFragmentsM][kFragmentsN][4];
+
+    DEVICE unsigned warp_row() { return threadIdx.x / kWarpSize / kColWarps * kWarpM; }
+    DEVICE unsigned warp_col() { return threadIdx.x / kWarpSize % kColWarps * kWarpN; }
+};
+
+// Element of 16-byte part `part` of row `row`, in a tile of kCols columns.
+template <unsigned kCols>
+DEVICE unsigned tile_offset(unsigned row, unsigned part) {
+    constexpr unsigned kParts = kCols / 8;
+    constexpr unsigned kRowsPer128Bytes = kParts < 8 ? 8 / kParts : 1;
+    constexpr unsigned kPlaces = kParts < 8 ? kParts : 8;
+    return row * kCols + (part ^ row / kRowsPer128Bytes % kPlaces) * 8;
+}
+
+// Rows [row, row + 16), depth [k, k + 16) of A.
+template <class Tile, bool kAlongRows>
+DEVICE void load_a(uint32_t (&out)[4], const bf16* tile, unsigned row, unsigned k) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    if constexpr (kAlongRows) {
+        load_matrix_x4_transposed(out, tile + tile_offset<Tile::kM>(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+    } else {
+        load_matrix_x4(out, tile + tile_offset<kGemmDepth>(row + lane % 16, k / 8 + lane / 16));
+    }
+}
+
+// Columns [col, col + 16), depth [k, k + 16) of B: two fragments.
+template <class Tile, bool kAlongRows>
+DEVICE void load_b(uint32_t (&first)[2], uint32_t (&second)[2], const bf16* tile, unsigned col, unsigned k) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    uint32_t part[4];
+    if constexpr (kAlongRows) {
+        load_matrix_x4_transposed(part, tile + tile_offset<Tile::kN>(k + lane % 16, col / 8 + lane / 16));
+    } else {
+        load_matrix_x4(part, tile + tile_offset<kGemmDepth>(col + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+    }
+    first[0] = part[0], first[1] = part[1], second[0] = part[2], second[1] = part[3];
+}
+
+// sums += A B^T over one stage.
+template <class Tile, bool kAAlongRows, bool kBAlongRows>
+DEVICE void multiply_stage(typename Tile::Sums& sums, const bf16* a, const bf16* b) {
+    const unsigned row = Tile::warp_row(), col = Tile::warp_col();
+    UNROLL for (unsigned k = 0; k < kGemmDepth; k += 16) {
+        uint32_t a_part[Tile::kFragmentsM][4];
+        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) load_a<Tile, kAAlongRows>(a_part[m], a, row + m * 16, k);
+        UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
+            uint32_t b_first[2], b_second[2];
+            load_b<Tile, kBAlongRows>(b_first, b_second, b, col + n * 8, k);
+            UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
+                mma_16x8x16(sums[m][n], a_part[m], b_first);
+                mma_16x8x16(sums[m][n + 1], a_part[m], b_second);
+            }
+        }
+    }
+}
+
+// Elements of shared memory that accumulate needs.
+template <class Tile, class A, class B>
+constexpr unsigned gemm_shared_elements() {
+    return (Tile::kM * (A::kStaged ? 2 : kGemmStages) + Tile::kN * (B::kStaged ? 2 : kGemmStages)) * kGemmDepth;
+}
+
+// The buffers of one operand in shared memory, and its part of a turn.
+template <class Operand, unsigned kExtent>
+struct GemmBuffers {
+    static constexpr unsigned kCount = Operand::kStaged ? 2 : kGemmStages;
+    bf16* first;
+
+    METHOD bf16* at(unsigned step) const { return first + step % kCount * kExtent * kGemmDepth; }
+    METHOD void begin(Operand& operand, unsigned num_steps) const {
+        if constexpr (Operand::kStaged) {
+            operand.fetch(0);
+            operand.store(at(0));
+            if (num_steps > 1) operand.fetch(1);
+        }
+    }
+    METHOD void copy(Operand& operand, unsigned step, unsigned num_steps) const {
+        if constexpr (!Operand::kStaged)
+            if (step < num_steps) operand.copy(at(step), step);
+    }
+    // Writes step, which was fetched in the turn before, and fetches the next.
+    METHOD void convert(Operand& operand, unsigned step, unsigned num_steps) const {
+        if constexpr (Operand::kStaged) {
+            if (step < num_steps) operand.store(at(step));
+            if (step + 1 < num_steps) operand.fetch(step + 1);
+        }
+    }
+};
+
+// sums += A B^T over `depth` > 0. All threads of the block call it; `shared` is free before and after. A warp that is not
+// `active` (its rows or columns are beyond the end) only helps to load.
+template <class Tile, class A, class B>
+DEVICE void accumulate(typename Tile::Sums& sums, bf16* shared, A& a, B& b, unsigned depth, bool active = true) {
+    const GemmBuffers<A, Tile::kM> a_tiles = {shared};
+    const GemmBuffers<B, Tile::kN> b_tiles = {shared + a_tiles.kCount * Tile::kM * kGemmDepth};
+    const unsigned num_steps = (depth + kGemmDepth - 1) / kGemmDepth;
+    for (unsigned step = 0; step < kGemmStages - 1; ++step) {
+        a_tiles.copy(a, step, num_steps);
+        b_tiles.copy(b, step, num_steps);
+        copy_async_commit();
+    }
+    a_tiles.begin(a, num_steps);
+    b_tiles.begin(b, num_steps);
+    for (unsigned step = 0; step < num_steps; ++step) {
+        copy_async_wait<kGemmStages - 2>();
+        // Everyone's part of this step is there, and everyone is through with the step before.
+        __syncthreads();
+        a_tiles.copy(a, step + kGemmStages - 1, num_steps);
+        b_tiles.copy(b, step + kGemmStages - 1, num_steps);
+        copy_async_commit();
+        a_tiles.convert(a, step + 1, num_steps);
+        b_tiles.convert(b, step + 1, num_steps);
+        if (active) multiply_stage<Tile, A::kAlongRows, B::kAlongRows>(sums, a_tiles.at(step), b_tiles.at(step));
+    }
+    __syncthreads();
+}
+
+// Calls f(row, col, sum) for each fragment of this thread: sum[0], sum[1] are columns col, col + 1 of the tile's row `row`,
+// sum[2], sum[3] of row + 8. All lanes of a warp are in the same fragment. col is even.
+template <class Tile, class F>
+DEVICE void for_each_fragment(typename Tile::Sums& sums, F f) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    const unsigned row = Tile::warp_row() + lane / 4, col = Tile::warp_col() + lane % 4 * 2;
+    UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
+        UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; ++n) f(row + m * 16, col + n * 8, sums[m][n]);
+    }
+}
+
+// For add_low_rank: sum += scaling product.
+struct AddScaled {
+    float scaling;
+
+    METHOD void begin(unsigned, unsigned) {}
+    METHOD void operator()(unsigned, unsigned, float (&sum)[4], const float (&product)[4]) const {
+        UNROLL for (unsigned i = 0; i < 4; ++i) sum[i] += scaling * product[i];
+    }
+};
+
+// Elements of shared memory that add_low_rank needs.
+template <class Tile>
+constexpr unsigned low_rank_shared_elements() {
+    return (Tile::kM + Tile::kN) * kGemmDepth;
+}
+
+// An adapter's product narrow low^T over `rank`. For each fragment add(n, col, sum, product) adds what it makes of it to the
+// sum; add.begin(row, col) comes before a row of fragments, whose n-th has columns col + 8 n. (row, col) is the thread's place in
+// the tile, as for_each_fragment has it. `narrow` and `low` are operands with copy(tile, step), extents kM and kN. More than
+// kGemmDepth ranks come in parts. All threads of the block call it; `shared` is free before and after.
+template <class Tile, class Narrow, class Low, class Add>
+DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, const Narrow& narrow, const Low& low, unsigned rank, bool active,
+                         Add add) {
+    bf16* const low_tile = shared + Tile::kM * kGemmDepth;
+    const unsigned lane = threadIdx.x % kWarpSize;
+    const unsigned warp_row = Tile::warp_row(), warp_col = Tile::warp_col();
+    for (unsigned first = 0; first < rank; first += kGemmDepth) {
+        narrow.copy(shared, first / kGemmDepth);
+        copy_async_commit();
+        low.copy(low_tile, first / kGemmDepth);
+        copy_async_wait<0>();
+        __syncthreads();
+        const unsigned left = rank - first, depth = left < kGemmDepth ? left : kGemmDepth;
+        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
+            if (!active) break;
+            const unsigned row = warp_row + m * 16, col = warp_col + lane % 4 * 2;
+            add.begin(row + lane / 4, col);
+            UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
+                float product[2][4] = {};
+                for (unsigned k = 0; k < depth; k += 16) {
+                    uint32_t a_part[4], b_first[2], b_second[2];
+                    load_a<Tile, Narrow::kAlongRows>(a_part, shared, row, k);
+                    load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, k);
+                    mma_16x8x16(product[0], a_part, b_first);
+                    mma_16x8x16(product[1], a_part, b_second);
+                }
+                add(n, col + n * 8, sums[m][n], product[0]);
+                add(n + 1, col + n * 8 + 8, sums[m][n + 1], product[1]);
+            }
+        }
+        __syncthreads();
+    }
+}
