@@ -241,7 +241,8 @@ fn compiled_kernels(said: &str) -> Vec<&str> {
     let after = said.split("Compiling entry function '").skip(1);
     let names = after.filter_map(|rest| rest.split_once('\'').map(|(name, _)| name));
     // Once for every architecture.
-    BTreeSet::from_iter(names).into_iter().collect()
+    let unique: BTreeSet<&str> = names.collect();
+    unique.into_iter().collect()
 }
 
 /// Major and minor version of CUDA that nvcc is of.

@@ -4,6 +4,8 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::disallowed_methods,
+    clippy::exit,
+    clippy::print_stdout,
     reason = "a test's helper fails its test, and its child is told by the environment"
 )]
 
@@ -49,22 +51,34 @@ fn fake() -> tempfile::TempDir {
     dir
 }
 
-/// Runs the ignored test `name` in a process that has the stand-in; the calls it made.
+/// Runs `body` in a process of this test alone that has the stand-in; the calls it made. That process gets here too.
 #[track_caller]
-fn child(name: &str, settings: &[(&str, &str)]) -> Vec<String> {
+fn with_fake(test: &str, settings: &[(&str, &str)], body: fn()) -> Vec<String> {
+    const CHILD: &str = "FAKE_CUDA_CHILD";
+    const DONE: &str = "the child is through";
+    let label = format!("{test} {settings:?}");
+    if let Ok(wanted) = std::env::var(CHILD) {
+        if wanted == label {
+            body();
+            println!("{DONE}");
+            std::process::exit(0);
+        }
+        return Vec::new();
+    }
     let dir = fake();
     let log = dir.path().join("log");
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture"])
+        .args(["--exact", test, "--nocapture"])
         .env("LD_LIBRARY_PATH", dir.path())
         .env("FAKE_CUDA_LOG", &log)
+        .env(CHILD, label)
         .envs(settings.iter().copied())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let complained = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}\n{complained}");
-    assert!(said.contains("1 passed"), "{said}");
+    assert!(said.contains(DONE), "{said}");
     let log = fs_err::read_to_string(log).unwrap_or_default();
     log.lines().map(ToOwned::to_owned).collect()
 }
@@ -87,7 +101,7 @@ const OPENING: [&str; 8] = [
 
 #[test]
 fn calls_come_in_order() {
-    let log = child("child_calls", &[]);
+    let log = with_fake("calls_come_in_order", &[], child_calls);
     let expected = [
         "pinned 75497472",
         "alloc 1000",
@@ -124,8 +138,6 @@ fn calls_come_in_order() {
     assert_eq!(log[8..], expected);
 }
 
-#[test]
-#[ignore = "run by `calls_come_in_order`"]
 fn child_calls() {
     let device = open(false);
     assert_eq!(device.info().name, "fake 0");
@@ -154,7 +166,11 @@ fn child_calls() {
 
 #[test]
 fn a_full_ring_waits_for_the_oldest_copy_only() {
-    let log = child("child_ring", &[]);
+    let log = with_fake(
+        "a_full_ring_waits_for_the_oldest_copy_only",
+        &[],
+        child_ring,
+    );
     let waits: Vec<_> = log
         .iter()
         .filter(|line| line.ends_with("waited for"))
@@ -169,8 +185,6 @@ fn a_full_ring_waits_for_the_oldest_copy_only() {
     );
 }
 
-#[test]
-#[ignore = "run by `a_full_ring_waits_for_the_oldest_copy_only`"]
 fn child_ring() {
     let device = open(false);
     let values: Vec<u8> = (0..=250).cycle().take(80 << 20).collect();
@@ -183,11 +197,13 @@ fn child_ring() {
 
 #[test]
 fn a_fault_is_told_at_the_next_wait() {
-    child("child_fault", &[("FAKE_CUDA_FAULT", "first")]);
+    with_fake(
+        "a_fault_is_told_at_the_next_wait",
+        &[("FAKE_CUDA_FAULT", "first")],
+        child_fault,
+    );
 }
 
-#[test]
-#[ignore = "run by `a_fault_is_told_at_the_next_wait`"]
 fn child_fault() {
     let device = open(false);
     device.launch(FIRST, Grid::line(5), &PARAMS).unwrap();
@@ -203,12 +219,14 @@ fn child_fault() {
 
 #[test]
 fn a_synchronous_device_names_the_culprit() {
-    let log = child("child_synchronous", &[("FAKE_CUDA_FAULT", "second")]);
+    let log = with_fake(
+        "a_synchronous_device_names_the_culprit",
+        &[("FAKE_CUDA_FAULT", "second")],
+        child_synchronous,
+    );
     assert!(!log.iter().any(|line| line.contains("capture")));
 }
 
-#[test]
-#[ignore = "run by `a_synchronous_device_names_the_culprit`"]
 fn child_synchronous() {
     let device = open(true);
     let recording = device.record(&mut || {
@@ -225,11 +243,13 @@ fn child_synchronous() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    child("child_refusals", &[("FAKE_CUDA_BYTES", "1000")]);
+    with_fake(
+        "what_does_not_fit_is_refused",
+        &[("FAKE_CUDA_BYTES", "1000")],
+        child_refusals,
+    );
 }
 
-#[test]
-#[ignore = "run by `what_does_not_fit_is_refused`"]
 fn child_refusals() {
     let device = open(false);
     let error = device.alloc("layers.0.q_proj", 1001).unwrap_err();
@@ -294,9 +314,17 @@ fn child_refusals() {
 
 #[test]
 fn what_is_not_there_is_refused() {
-    child("child_no_device", &[]);
-    child("child_old_driver", &[("FAKE_CUDA_VERSION", "12080")]);
-    child("child_none", &[("FAKE_CUDA_DEVICES", "0")]);
+    with_fake("what_is_not_there_is_refused", &[], child_no_device);
+    with_fake(
+        "what_is_not_there_is_refused",
+        &[("FAKE_CUDA_VERSION", "12080")],
+        child_old_driver,
+    );
+    with_fake(
+        "what_is_not_there_is_refused",
+        &[("FAKE_CUDA_DEVICES", "0")],
+        child_none,
+    );
 }
 
 /// Opens `cuda:ordinal`, which is refused with a line that has `expected` in it.
@@ -307,8 +335,6 @@ fn refused(ordinal: usize, fatbins: Fatbins, expected: &str) {
     assert!(error.to_string().contains(expected), "{error}");
 }
 
-#[test]
-#[ignore = "run by `what_is_not_there_is_refused`"]
 fn child_no_device() {
     const OTHER: Fatbins = Fatbins {
         files: &[("other", b"none", &[])],
@@ -321,8 +347,6 @@ fn child_no_device() {
     refused(0, OTHER, expected);
 }
 
-#[test]
-#[ignore = "run by `what_is_not_there_is_refused`"]
 fn child_old_driver() {
     refused(
         0,
@@ -331,8 +355,6 @@ fn child_old_driver() {
     );
 }
 
-#[test]
-#[ignore = "run by `what_is_not_there_is_refused`"]
 fn child_none() {
     refused(0, FATBINS, "shows no device");
 }

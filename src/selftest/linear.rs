@@ -593,11 +593,21 @@ fn calls() -> Vec<Call> {
         // Evaluation: a probability, but no dropout in the step. As many tokens as the capacity.
         call(&[64], 64, 64, &one(Plain, 63, 16)).dropout(0.25, false),
         // More ranks than a stage holds, an arena in bf16, f32 results; no multiple of 64 columns.
-        call(&[31, 32], 65, 200, &[projection(Dense, 65, 72).f32_output()])
-            .narrow_arena()
-            .dropout(0.5, true),
+        call(
+            &[31, 32],
+            65,
+            200,
+            &[projection(Dense, 65, 72).f32_output()],
+        )
+        .narrow_arena()
+        .dropout(0.5, true),
         // Blocks that cross rows; both kinds in one call.
-        call(&[17], 20, 144, &[projection(Nested, 48, 20), projection(Dense, 40, 0)]),
+        call(
+            &[17],
+            20,
+            144,
+            &[projection(Nested, 48, 20), projection(Dense, 40, 0)],
+        ),
         call(&[5], 5, 48, &one(Plain, 33, 2)),
         // The large tiles: one after the end of the batch, one that ends early, odd columns of xa.
         call(
@@ -627,18 +637,38 @@ pub(super) fn cases() -> Vec<Case> {
         // Gradients in parts of the batch, added in order; a part that has no token.
         backward_case(call(&[700, 333], 2100, 16, &[projection(Dense, 8, 2)]).dropout(0.1, true)),
         backward_case(
-            call(&[9, 4], 16, 64, &[projection(Nested, 40, 8), projection(Nested, 13, 0)])
-                .gradient(Gradient::Skip),
+            call(
+                &[9, 4],
+                16,
+                64,
+                &[projection(Nested, 40, 8), projection(Nested, 13, 0)],
+            )
+            .gradient(Gradient::Skip),
         ),
         swiglu_case(call(&[1], 2, 64, &pair([Nested, Nested], 8, [0, 0]))),
         swiglu_case(
             call(&[33, 32], 70, 128, &pair([Nested, Plain], 40, [16, 4])).dropout(0.25, true),
         ),
-        swiglu_case(call(&[63], 63, 72, &pair([Dense, Dense], 131, [0, 70]).map(Projection::bias))),
+        swiglu_case(call(
+            &[63],
+            63,
+            72,
+            &pair([Dense, Dense], 131, [0, 70]).map(Projection::bias),
+        )),
         swiglu_case(call(&[7], 9, 128, &pair([Nested, Dense], 67, [8, 8]))),
-        swiglu_case(call(&[10, 121], 257, 64, &pair([Plain, Plain], 72, [5, 16]))),
+        swiglu_case(call(
+            &[10, 121],
+            257,
+            64,
+            &pair([Plain, Plain], 72, [5, 16]),
+        )),
         swiglu_case(call(&[3], 300, 32, &pair([Nested, Nested], 129, [2, 2]))),
-        swiglu_case(call(&[66], 132 * 128, 64, &pair([Nested, Nested], 97, [8, 3]))),
+        swiglu_case(call(
+            &[66],
+            132 * 128,
+            64,
+            &pair([Nested, Nested], 97, [8, 3]),
+        )),
     ];
     forward.chain(backward).chain(more).collect()
 }
