@@ -89,7 +89,11 @@ impl Modules {
     }
 
     fn max_rank(&self) -> u32 {
-        self.each.iter().map(|module| module.rank).max().unwrap_or(0)
+        self.each
+            .iter()
+            .map(|module| module.rank)
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -155,7 +159,11 @@ fn project(
     let row_tiles = check::to_u32(op, "capacity", capacity)?.div_ceil(LORA_ROWS);
     let rank_tiles = modules.max_rank().div_ceil(LORA_RANKS);
     let grid = Grid {
-        blocks: [check::to_u32(op, "projections", count)?, row_tiles, rank_tiles],
+        blocks: [
+            check::to_u32(op, "projections", count)?,
+            row_tiles,
+            rank_tiles,
+        ],
         dynamic_shared_bytes: 0,
     };
     gpu.launch(kernel, grid, &params)
@@ -185,7 +193,16 @@ pub(super) fn backward(
     arena: &LoraArena,
     capacity: usize,
 ) -> Result<()> {
-    project(gpu, PROJECT_BACKWARD, op, d_xa, d_outs, modules, arena, capacity)
+    project(
+        gpu,
+        PROJECT_BACKWARD,
+        op,
+        d_xa,
+        d_outs,
+        modules,
+        arena,
+        capacity,
+    )
 }
 
 /// What the gradients of a call's pairs are made of.
