@@ -9,15 +9,10 @@
 // Preconditions (the launcher checks): dk and dv multiples of 8, taps 2 to 8.
 // Cost: 4 B per element forward (and 1/10 more at the borders of 32 tokens), 6 B backward; memory bound.
 // Reference: src/backend/cpu/delta_inputs.rs.
+#include "rt/bits.cuh"
 #include "rt/vector.cuh"
 
 #include "causal_conv.h"
-
-#ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL
-#endif
 
 namespace {
 
@@ -38,7 +33,7 @@ struct Channels {
     size_t width, qkvz_width;
     float weight[kTaps][kVector];
 
-    __device__ __forceinline__ Channels(const CausalConvParams& p, unsigned channel) : first(channel), column(column_of(p, channel)) {
+    METHOD Channels(const CausalConvParams& p, unsigned channel) : first(channel), column(column_of(p, channel)) {
         const unsigned values = p.num_value_heads * p.value_head_dim;
         width = 2 * p.num_key_heads * p.key_head_dim + values;
         qkvz_width = width + values;
@@ -57,7 +52,7 @@ struct Window {
     float x[kTaps - 1][kVector];
 
     // Those before `row`.
-    __device__ __forceinline__ Window(const CausalConvParams& p, const Channels<kTaps>& channels, unsigned row, unsigned start) {
+    METHOD Window(const CausalConvParams& p, const Channels<kTaps>& channels, unsigned row, unsigned start) {
         UNROLL for (unsigned back = 1; back < kTaps; ++back) {
             float(&token)[kVector] = x[kTaps - 1 - back];
             if (row >= start + back) {
@@ -69,7 +64,7 @@ struct Window {
     }
 
     // c at the next token, whose values are `current`.
-    __device__ __forceinline__ void convolve(float (&c)[kVector], const float (&current)[kVector],
+    METHOD void convolve(float (&c)[kVector], const float (&current)[kVector],
                                              const Channels<kTaps>& channels, bool starts) {
         UNROLL for (unsigned i = 0; i < kVector; ++i) {
             float sum = 0.0f;
@@ -89,14 +84,14 @@ template <unsigned kTaps>
 struct Pending {
     float d_x[kTaps][kVector] = {};
 
-    __device__ __forceinline__ void advance() {
+    METHOD void advance() {
         UNROLL for (unsigned back = kTaps - 1; back > 0; --back) {
             UNROLL for (unsigned i = 0; i < kVector; ++i) d_x[back][i] = d_x[back - 1][i];
         }
         UNROLL for (unsigned i = 0; i < kVector; ++i) d_x[0][i] = 0.0f;
     }
     // What d_c gives to the tokens of its sequence, `reach` of which are before it.
-    __device__ __forceinline__ void add(const float (&d_c)[kVector], const Channels<kTaps>& channels, unsigned reach) {
+    METHOD void add(const float (&d_c)[kVector], const Channels<kTaps>& channels, unsigned reach) {
         UNROLL for (unsigned back = 0; back < kTaps; ++back) {
             UNROLL for (unsigned i = 0; i < kVector; ++i) {
                 if (back <= reach) d_x[back][i] += channels.weight[kTaps - 1 - back][i] * d_c[i];
@@ -114,17 +109,18 @@ template <unsigned kBatch>
 struct Batch {
     Packed8 rows[kBatch];
 
-    __device__ __forceinline__ Batch(const bf16* column, size_t width, unsigned first, unsigned last) {
+    METHOD Batch(const bf16* column, size_t width, unsigned first, unsigned last) {
         UNROLL for (unsigned i = 0; i < kBatch; ++i) {
             if (first + i < last) rows[i] = *reinterpret_cast<const Packed8*>(column + (first + i) * width);
         }
     }
-    __device__ __forceinline__ void get(float (&out)[kVector], unsigned row) const {
+    METHOD void get(float (&out)[kVector], unsigned row) const {
         UNROLL for (unsigned i = 0; i < kVector; ++i) out[i] = to_f32(rows[row].value[i]);
     }
 };
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Fast intrinsics: the result is rounded to bf16. 0 where e^-x overflows.
+DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 // False where the thread has no channels or the block no tokens.
 DEVICE bool find_place(const CausalConvParams& p, unsigned& channel, unsigned& first) {

@@ -1,14 +1,14 @@
 // gated_delta_prepare: what the chunks of the gated delta rule need before the state is known. Per chunk and value head:
 //   gamma = cumulative sum of g;  L = tril_{-1}(diag(beta) Kh Kh^T) o D, D_ij = e^(gamma_i - gamma_j);  Ti = (I + L)^-1
-//   W = Ti diag(beta e^gamma) Kh,  U = Ti diag(beta) V;  Kh = K / |K| by rows
+//   W = Ti diag(beta e^gamma) Kh,  U = Ti diag(beta) V,  scores P = s tril(Qh Kh^T) o D;  Qh, Kh with unit rows, s = 1 / sqrt(dk)
 //
-// u bf16, g and beta f32 in; gamma, q_rstd, k_rstd f32, W, U and, for backward, Ti bf16 out: see gated_delta.h.
+// u bf16, g and beta f32 in; gamma, q_rstd, k_rstd f32, W, U, P and, for backward, Ti bf16 out: see gated_delta.h.
 // grid (ceil(R / 64), Hv), block 128: a block does the chunks that begin in its 64 rows (mostly one), a warp 16 rows of a chunk. 72 KB
-// of shared memory at head size 128: K, V, L with Ti in place (f32), Ti diag(beta ..) for W and for U.
+// of shared memory at head size 128: K, V, Q and then L with Ti in place (f32), Ti diag(beta ..) for W and for U.
 // Numerics: products of bf16 with f32 accumulation; gamma, L and the inverse in f32 (a thread substitutes a column); what scales
 // columns of Ti (beta, e^gamma, 1 / |k|) is multiplied in before its one rounding, so K and V enter as stored. Deterministic.
 // Preconditions (the launcher checks): dk and dv multiples of 16 up to 128, R the capacity of all tensors.
-// Cost per chunk and head at 128: 5.2 MFLOP, 32 KB read, 33 KB written; memory bound. docs/kernels/gated_delta.md.
+// Cost per chunk and head at 128: 6.3 MFLOP, 32 KB read (Q and K once for the value heads of a key head), 40 KB written; memory bound. docs/kernels/gated_delta.md.
 // Reference: src/backend/cpu/gated_delta.rs; docs/math/gated_delta.md. Yang et al. 2024, Gated Delta Networks.
 #include "rt/delta.cuh"
 
@@ -26,7 +26,7 @@ constexpr unsigned shared_bytes() {
 }
 static_assert(shared_bytes<64>() == GATED_DELTA_PREPARE_SHARED_64, "as the launcher has it");
 static_assert(shared_bytes<128>() == GATED_DELTA_PREPARE_SHARED_128, "as the launcher has it");
-// Strips leave through the solver's memory, once it is free.
+// Q lies in the solver's memory before it is needed, and strips leave through it when it is free again.
 static_assert(kChunk * kSolveRow * 4 >= kChunk * (128 + kTilePadding) * 2, "a tile fits");
 
 struct alignas(16) Float4 {
@@ -105,7 +105,7 @@ struct PrepareShared {
     bf16 *k, *v, *for_w, *for_u;
     float *solver, *gamma, *beta, *k_rstd, *q_rstd;
 
-    __device__ __forceinline__ explicit PrepareShared(unsigned char* memory) {
+    METHOD explicit PrepareShared(unsigned char* memory) {
         SharedPieces pieces{memory};
         k = pieces.take<bf16>(kChunk * (kDim + kTilePadding));
         v = pieces.take<bf16>(kChunk * (kDim + kTilePadding));
@@ -118,6 +118,22 @@ struct PrepareShared {
         q_rstd = pieces.take<float>(kChunk);
     }
 };
+
+// The warp's 16 rows of the scores, to scratch.
+template <unsigned kDim>
+DEVICE void write_scores(const GatedDeltaParams& p, const PrepareShared<kDim>& s, unsigned head, const Chunk& chunk, unsigned row) {
+    constexpr unsigned kRow = kDim + kTilePadding;
+    if (row >= chunk.size) return;
+    Strip<kChunk> scores{};
+    multiply<kDim>(scores, Stored<kRow>{reinterpret_cast<const bf16*>(s.solver)}, row, Transposed<kRow>{s.k}, 0);
+    const float scale = 1.0f / sqrtf(static_cast<float>(p.key_head_dim));
+    scores.each([&](float& value, unsigned i, unsigned j) {
+        i += row;
+        value *= decay_between(s.gamma, i, j, chunk.size) * s.q_rstd[i] * s.k_rstd[j] * scale;
+    });
+    write_strip<kSquare>(p.scores + chunk_offset(p, head, chunk.start + row, kChunk), kChunk, s.for_u + row * kSquare, scores,
+                         chunk.size - row, kChunk);
+}
 
 // L to the solver, transposed: the warp's 16 rows of it.
 template <unsigned kDim>
@@ -152,18 +168,20 @@ DEVICE void prepare_chunk(const GatedDeltaParams& p, const PrepareShared<kDim>& 
     const unsigned key_head = head / ratio, key_dim = p.num_key_heads * dk;
     const size_t width = 2 * key_dim + p.num_value_heads * dv;
     const bf16* const q = p.u + chunk.start * width + key_head * dk;
+    load_tile<kThreads, kChunk, kDim>(reinterpret_cast<bf16*>(s.solver), q, width, chunk.size, dk);
     load_tile<kThreads, kChunk, kDim>(s.k, q + key_dim, width, chunk.size, dk);
     load_tile<kThreads, kChunk, kDim>(s.v, p.u + chunk.start * width + 2 * key_dim + head * dv, width, chunk.size, dv);
     copy_async_commit();
     chunk_gates(p, s.gamma, s.beta, head, chunk);
     // Lengths of the rows: a thread has half a row.
     const unsigned own = threadIdx.x / 2;
+    const float q_rstd = row_rstd(q + own * width, dk, own < chunk.size);
     const float k_rstd = row_rstd(q + key_dim + own * width, dk, own < chunk.size);
-    if (threadIdx.x % 2 == 0) s.k_rstd[own] = k_rstd;
-    if (head % ratio == 0) {
-        const float q_rstd = row_rstd(q + own * width, dk, own < chunk.size);
+    if (threadIdx.x % 2 == 0) {
+        s.q_rstd[own] = q_rstd;
+        s.k_rstd[own] = k_rstd;
         const size_t at = chunk_offset(p, key_head, chunk.start, 1) + own;
-        if (threadIdx.x % 2 == 0 && own < chunk.size) {
+        if (head % ratio == 0 && own < chunk.size) {
             p.q_rstd[at] = q_rstd;
             p.k_rstd[at] = k_rstd;
         }
@@ -171,6 +189,8 @@ DEVICE void prepare_chunk(const GatedDeltaParams& p, const PrepareShared<kDim>& 
     copy_async_wait<0>();
     __syncthreads();
     const unsigned row = threadIdx.x / kWarpSize * 16;
+    write_scores(p, s, head, chunk, row);
+    __syncthreads();
     fill_solver(s, row, chunk.size);
     __syncthreads();
     if (threadIdx.x < kChunk) solve_column(s.solver);

@@ -42,7 +42,7 @@ struct Shared {
     float *q_total, *k_total;  // [64] over the value heads
     float *partial;
 
-    __device__ __forceinline__ explicit Shared(unsigned char* memory) {
+    METHOD explicit Shared(unsigned char* memory) {
         constexpr unsigned kTile = kChunk * (kDim + kTilePadding);
         SharedPieces pieces{memory};
         q = pieces.take<bf16>(kTile);
@@ -72,7 +72,7 @@ struct Shared {
 struct Part {
     unsigned row, half;
 
-    __device__ __forceinline__ Part() : row(threadIdx.x / kWarpSize % 4 * 16), half(threadIdx.x / kWarpSize / 4) {}
+    METHOD Part() : row(threadIdx.x / kWarpSize % 4 * 16), half(threadIdx.x / kWarpSize / 4) {}
 };
 
 // dots[half, row + i] = sum over the strip's columns of strip[i] times tile[row + i], whose columns begin at `column`.
@@ -134,7 +134,7 @@ DEVICE void solve_values(const GatedDeltaParams& p, const Shared<kDim>& s, unsig
                 const float low = y.part[tile][2 * i], high = y.part[tile][2 * i + 1];
                 const uint32_t v = *reinterpret_cast<const uint32_t*>(p.u + at + row * width + column);
                 sum[i] += low * low_half(v) + high * high_half(v);
-                *reinterpret_cast<uint32_t*>(p.d_u + at + row * width + column) = pack_pair(low * s.beta[row], high * s.beta[row]);
+                *reinterpret_cast<uint32_t*>(p.d_u + at + row * width + column) = pack_bf16_pair(low * s.beta[row], high * s.beta[row]);
             }
         }
         sum[i] += __shfl_xor_sync(kFullMask, sum[i], 1);

@@ -49,7 +49,8 @@ DEVICE void load_valid(float (&out)[kVector], const bf16* at, bool is_valid) {
     if (is_valid) load8(out, at);
 }
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Fast intrinsics: the result is rounded to bf16. 0 where e^-x overflows.
+DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 // True where no thread of the warp has a token: whole blocks mostly.
 DEVICE bool is_surplus(const GatedRmsNormParams& p) {

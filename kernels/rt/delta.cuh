@@ -4,19 +4,16 @@
 // kDim, 64 or 128, is the width tiles are made for; columns beyond a head's size are zero.
 #pragma once
 
+#include "bits.cuh"
 #include "mma.cuh"
 #include "vector.cuh"
 
 #include "../gated_delta.h"
 
 #ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")
 #define UNROLL_SOME _Pragma("unroll 4")
-#define NO_UNROLL _Pragma("unroll 1")
 #else
-#define UNROLL
 #define UNROLL_SOME
-#define NO_UNROLL
 #endif
 
 constexpr unsigned kChunk = GATED_DELTA_CHUNK;
@@ -42,7 +39,7 @@ struct ChunkStarts {
     unsigned first;
     uint64_t bits;
 
-    __device__ __forceinline__ bool next(unsigned& start) {
+    METHOD bool next(unsigned& start) {
         if (!bits) return false;
         const auto low = static_cast<int>(bits), high = static_cast<int>(bits >> 32);
         start = first + static_cast<unsigned>(low ? __ffs(low) - 1 : __ffs(high) + 31);
@@ -86,7 +83,7 @@ struct SharedPieces {
     unsigned char* at;
 
     template <class T>
-    __device__ __forceinline__ T* take(unsigned count) {
+    METHOD T* take(unsigned count) {
         T* const piece = reinterpret_cast<T*>(at);
         at += count * sizeof(T);
         return piece;
@@ -127,31 +124,9 @@ DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE)
 
 // ---- products ----
 
-// Two values as the bf16 pair of a fragment, the first in the low half.
-DEVICE uint32_t pack_pair(float low, float high) {
-#ifdef __CUDACC__
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-#else
-    return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
-#endif
-}
-
-DEVICE float low_half(uint32_t pair) {
-#ifdef __CUDACC__
-    return __uint_as_float(pair << 16);
-#else
-    return to_f32(bf16{static_cast<uint16_t>(pair)});
-#endif
-}
-
-DEVICE float high_half(uint32_t pair) {
-#ifdef __CUDACC__
-    return __uint_as_float(pair & 0xffff0000u);
-#else
-    return to_f32(bf16{static_cast<uint16_t>(pair >> 16)});
-#endif
-}
+// The halves of a bf16 pair.
+DEVICE float low_half(uint32_t pair) { return f32_of_bits(pair << 16); }
+DEVICE float high_half(uint32_t pair) { return f32_of_bits(pair & 0xffff0000u); }
 
 // A matrix stored as a tile: element (r, c) at at[r kStride + c].
 template <unsigned kStride>
@@ -159,12 +134,12 @@ struct Stored {
     const bf16* at;
 
     // A [16, 16] at (row, k).
-    __device__ __forceinline__ void load_a(uint32_t (&a)[4], unsigned row, unsigned k) const {
+    METHOD void load_a(uint32_t (&a)[4], unsigned row, unsigned k) const {
         const unsigned lane = threadIdx.x % kWarpSize;
         load_matrix_x4(a, at + (row + lane % 16) * kStride + k + lane / 16 * 8);
     }
     // B [16, 8] at (k, column), and the one beside it.
-    __device__ __forceinline__ void load_b(uint32_t (&b)[4], unsigned k, unsigned column) const {
+    METHOD void load_b(uint32_t (&b)[4], unsigned k, unsigned column) const {
         const unsigned lane = threadIdx.x % kWarpSize;
         load_matrix_x4_transposed(b, at + (k + lane % 16) * kStride + column + lane / 16 * 8);
     }
@@ -175,11 +150,11 @@ template <unsigned kStride>
 struct Transposed {
     const bf16* at;
 
-    __device__ __forceinline__ void load_a(uint32_t (&a)[4], unsigned row, unsigned k) const {
+    METHOD void load_a(uint32_t (&a)[4], unsigned row, unsigned k) const {
         const unsigned lane = threadIdx.x % kWarpSize;
         load_matrix_x4_transposed(a, at + (k + lane / 16 * 8 + lane % 8) * kStride + row + lane / 8 % 2 * 8);
     }
-    __device__ __forceinline__ void load_b(uint32_t (&b)[4], unsigned k, unsigned column) const {
+    METHOD void load_b(uint32_t (&b)[4], unsigned k, unsigned column) const {
         const unsigned lane = threadIdx.x % kWarpSize;
         load_matrix_x4(b, at + (column + lane / 16 * 8 + lane % 8) * kStride + k + lane / 8 % 2 * 8);
     }
@@ -192,7 +167,7 @@ struct Strip {
 
     // f(value, row, column) for this lane's elements, row in [0, 16).
     template <class F>
-    __device__ __forceinline__ void each(F f) {
+    METHOD void each(F f) {
         const unsigned lane = threadIdx.x % kWarpSize;
         UNROLL for (unsigned tile = 0; tile < kColumns / 8; ++tile) {
             UNROLL for (unsigned i = 0; i < 4; ++i) f(part[tile][i], lane / 4 + i / 2 * 8, tile * 8 + lane % 4 * 2 + i % 2);
@@ -201,19 +176,19 @@ struct Strip {
 
     // f(value, other's value) for this lane's elements.
     template <class F>
-    __device__ __forceinline__ void each_with(const Strip& other, F f) {
+    METHOD void each_with(const Strip& other, F f) {
         UNROLL for (unsigned tile = 0; tile < kColumns / 8; ++tile) {
             UNROLL for (unsigned i = 0; i < 4; ++i) f(part[tile][i], other.part[tile][i]);
         }
     }
 
     // Columns [k, k + 16) as an A operand.
-    __device__ __forceinline__ void as_a(uint32_t (&a)[4], unsigned k) const {
+    METHOD void as_a(uint32_t (&a)[4], unsigned k) const {
         const float (&low)[4] = part[k / 8], (&high)[4] = part[k / 8 + 1];
-        a[0] = pack_pair(low[0], low[1]);
-        a[1] = pack_pair(low[2], low[3]);
-        a[2] = pack_pair(high[0], high[1]);
-        a[3] = pack_pair(high[2], high[3]);
+        a[0] = pack_bf16_pair(low[0], low[1]);
+        a[1] = pack_bf16_pair(low[2], low[3]);
+        a[2] = pack_bf16_pair(high[0], high[1]);
+        a[3] = pack_bf16_pair(high[2], high[3]);
     }
 };
 
@@ -256,8 +231,8 @@ DEVICE void store_strip(bf16* tile, const Strip<kColumns>& strip, unsigned colum
     bf16* const at = tile + lane / 4 * kStride + column + lane % 4 * 2;
     UNROLL for (unsigned part = 0; part < kColumns / 8; ++part) {
         const float (&values)[4] = strip.part[part];
-        *reinterpret_cast<uint32_t*>(at + part * 8) = pack_pair(values[0], values[1]);
-        *reinterpret_cast<uint32_t*>(at + part * 8 + 8 * kStride) = pack_pair(values[2], values[3]);
+        *reinterpret_cast<uint32_t*>(at + part * 8) = pack_bf16_pair(values[0], values[1]);
+        *reinterpret_cast<uint32_t*>(at + part * 8 + 8 * kStride) = pack_bf16_pair(values[2], values[3]);
     }
 }
 

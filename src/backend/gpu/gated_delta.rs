@@ -5,12 +5,11 @@ use super::check::{self, Rows};
 use super::driver::{Grid, Kernel};
 use super::params::{
     GATED_DELTA_CHUNK, GATED_DELTA_GRADIENT_SHARED_64, GATED_DELTA_GRADIENT_SHARED_128,
-    GATED_DELTA_GRADIENT_THREADS, GATED_DELTA_LOCAL_SHARED_64, GATED_DELTA_LOCAL_SHARED_128,
-    GATED_DELTA_OUTPUT_SHARED_64, GATED_DELTA_OUTPUT_SHARED_128, GATED_DELTA_PREPARE_SHARED_64,
-    GATED_DELTA_PREPARE_SHARED_128, GATED_DELTA_SCAN_BACKWARD_SHARED_64,
-    GATED_DELTA_SCAN_BACKWARD_SHARED_128, GATED_DELTA_SCAN_COLUMNS, GATED_DELTA_SCAN_LANES,
-    GATED_DELTA_SCAN_SHARED_64, GATED_DELTA_SCAN_SHARED_128, GATED_DELTA_SCAN_THREADS,
-    GATED_DELTA_THREADS, GatedDeltaParams,
+    GATED_DELTA_GRADIENT_THREADS, GATED_DELTA_OUTPUT_SHARED_64, GATED_DELTA_OUTPUT_SHARED_128,
+    GATED_DELTA_PREPARE_SHARED_64, GATED_DELTA_PREPARE_SHARED_128, GATED_DELTA_SCAN_COLUMNS,
+    GATED_DELTA_SCAN_LANES, GATED_DELTA_SCAN_THREADS, GATED_DELTA_STATES_BACKWARD_SHARED_64,
+    GATED_DELTA_STATES_BACKWARD_SHARED_128, GATED_DELTA_STATES_SHARED_64,
+    GATED_DELTA_STATES_SHARED_128, GATED_DELTA_THREADS, GatedDeltaParams,
 };
 use super::scratch::Frame;
 use crate::error::{Error, Result};
@@ -44,32 +43,26 @@ const PREPARE: Stage = Stage {
     threads: GATED_DELTA_THREADS,
     blocks: Blocks::RowsByValueHead,
 };
-const SCAN: Stage = Stage {
-    small: ("gated_delta_scan_64", GATED_DELTA_SCAN_SHARED_64),
-    large: ("gated_delta_scan_128", GATED_DELTA_SCAN_SHARED_128),
-    threads: GATED_DELTA_SCAN_THREADS,
-    blocks: Blocks::Scan,
-};
 const OUTPUT: Stage = Stage {
     small: ("gated_delta_output_64", GATED_DELTA_OUTPUT_SHARED_64),
     large: ("gated_delta_output_128", GATED_DELTA_OUTPUT_SHARED_128),
-    threads: GATED_DELTA_THREADS,
-    blocks: Blocks::RowsByValueHead,
+    threads: GATED_DELTA_SCAN_THREADS,
+    blocks: Blocks::Scan,
 };
-const LOCAL: Stage = Stage {
-    small: ("gated_delta_local_64", GATED_DELTA_LOCAL_SHARED_64),
-    large: ("gated_delta_local_128", GATED_DELTA_LOCAL_SHARED_128),
-    threads: GATED_DELTA_THREADS,
-    blocks: Blocks::RowsByValueHead,
+const STATES: Stage = Stage {
+    small: ("gated_delta_states_64", GATED_DELTA_STATES_SHARED_64),
+    large: ("gated_delta_states_128", GATED_DELTA_STATES_SHARED_128),
+    threads: GATED_DELTA_SCAN_THREADS,
+    blocks: Blocks::Scan,
 };
-const SCAN_BACKWARD: Stage = Stage {
+const STATES_BACKWARD: Stage = Stage {
     small: (
-        "gated_delta_scan_backward_64",
-        GATED_DELTA_SCAN_BACKWARD_SHARED_64,
+        "gated_delta_states_backward_64",
+        GATED_DELTA_STATES_BACKWARD_SHARED_64,
     ),
     large: (
-        "gated_delta_scan_backward_128",
-        GATED_DELTA_SCAN_BACKWARD_SHARED_128,
+        "gated_delta_states_backward_128",
+        GATED_DELTA_STATES_BACKWARD_SHARED_128,
     ),
     threads: GATED_DELTA_SCAN_THREADS,
     blocks: Blocks::Scan,
@@ -118,9 +111,9 @@ fn params(
         gamma: frame.take("gated delta gamma", heads * capacity * size_of::<f32>())?,
         q_rstd: frame.take("gated delta q_rstd", key_rows)?,
         k_rstd: frame.take("gated delta k_rstd", key_rows)?,
+        scores: frame.take("gated delta scores", square_bytes(spec, capacity))?,
         w: frame.take("gated delta w", bf16_bytes(heads * capacity * dk))?,
         values: frame.take("gated delta values", bf16_bytes(heads * capacity * dv))?,
-        states: frame.take("gated delta states", state_bytes(spec, capacity))?,
         step: gpu.step()?,
         capacity: check::to_u32(op, "tokens", capacity)?,
         num_key_heads: check::to_u32(op, "key heads", spec.num_key_heads)?,
@@ -133,6 +126,11 @@ fn params(
 
 fn bf16_bytes(len: usize) -> usize {
     len * DType::Bf16.size()
+}
+
+/// A row of 64 per head and token.
+fn square_bytes(spec: DeltaSpec, capacity: usize) -> usize {
+    bf16_bytes(spec.num_value_heads * capacity * GATED_DELTA_CHUNK as usize)
 }
 
 /// A state per head and 64 rows.
@@ -175,10 +173,8 @@ pub(super) fn forward(
     let mut params = params(gpu, OP, &mut frame, [u, g, beta], spec)?;
     let capacity = u.shape()[0];
     params.o = check::exact(OP, o, DType::Bf16, &[capacity, spec.value_dim()])?;
-    for stage in [PREPARE, SCAN, OUTPUT] {
-        launch(gpu, &stage, &params)?;
-    }
-    Ok(())
+    launch(gpu, &PREPARE, &params)?;
+    launch(gpu, &OUTPUT, &params)
 }
 
 #[expect(clippy::too_many_arguments, reason = "the op's own list")]
@@ -203,13 +199,13 @@ pub(super) fn backward(
     params.d_u = check::exact(OP, d_u, DType::Bf16, &[capacity, spec.conv_dim()])?;
     params.d_g = check::exact(OP, d_g, DType::F32, &gates)?;
     params.d_beta = check::exact(OP, d_beta, DType::F32, &gates)?;
-    let chunk = GATED_DELTA_CHUNK as usize;
     let value_bytes = bf16_bytes(heads * capacity * spec.value_head_dim);
-    params.inverse = frame.take("gated delta inverse", bf16_bytes(heads * capacity * chunk))?;
+    let state_bytes = state_bytes(spec, capacity);
+    params.inverse = frame.take("gated delta inverse", square_bytes(spec, capacity))?;
+    params.states = frame.take("gated delta states", state_bytes)?;
     params.d_values = frame.take("gated delta d_values", value_bytes)?;
-    params.d_states = frame.take("gated delta d_states", state_bytes(spec, capacity))?;
-    // Forward's first two stages again, then backward's own.
-    for stage in [PREPARE, SCAN, LOCAL, SCAN_BACKWARD, GRADIENTS] {
+    params.d_states = frame.take("gated delta d_states", state_bytes)?;
+    for stage in [PREPARE, STATES, STATES_BACKWARD, GRADIENTS] {
         launch(gpu, &stage, &params)?;
     }
     Ok(())

@@ -27,7 +27,7 @@ pub const ATTENTION_DELTA_ROWS: u32 = 32;
 pub const ATTENTION_GATE_THREADS: u32 = 256;
 pub const CAUSAL_CONV_THREADS: u32 = 128;
 pub const CAUSAL_CONV_TOKENS: u32 = 32;
-pub const CROSS_ENTROPY_THREADS: u32 = 512;
+pub const CROSS_ENTROPY_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_CLEAR_THREADS: u32 = 256;
 pub const CROSS_ENTROPY_GROUP: u32 = 64;
 pub const CROSS_ENTROPY_TILE_ROWS: u32 = 128;
@@ -43,20 +43,18 @@ pub const DELTA_GATES_THREADS: u32 = 256;
 pub const EMBEDDING_THREADS: u32 = 256;
 pub const GATED_DELTA_CHUNK: u32 = 64;
 pub const GATED_DELTA_THREADS: u32 = 128;
-pub const GATED_DELTA_SCAN_THREADS: u32 = 64;
-pub const GATED_DELTA_SCAN_COLUMNS: u32 = 32;
+pub const GATED_DELTA_SCAN_THREADS: u32 = 128;
+pub const GATED_DELTA_SCAN_COLUMNS: u32 = 64;
 pub const GATED_DELTA_SCAN_LANES: u32 = 8;
 pub const GATED_DELTA_GRADIENT_THREADS: u32 = 256;
 pub const GATED_DELTA_PREPARE_SHARED_64: u32 = 55296;
 pub const GATED_DELTA_PREPARE_SHARED_128: u32 = 71680;
-pub const GATED_DELTA_SCAN_SHARED_64: u32 = 48128;
-pub const GATED_DELTA_SCAN_SHARED_128: u32 = 80896;
-pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 37632;
-pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 87808;
-pub const GATED_DELTA_LOCAL_SHARED_64: u32 = 28416;
-pub const GATED_DELTA_LOCAL_SHARED_128: u32 = 52992;
-pub const GATED_DELTA_SCAN_BACKWARD_SHARED_64: u32 = 77312;
-pub const GATED_DELTA_SCAN_BACKWARD_SHARED_128: u32 = 126464;
+pub const GATED_DELTA_STATES_SHARED_64: u32 = 56320;
+pub const GATED_DELTA_STATES_SHARED_128: u32 = 89088;
+pub const GATED_DELTA_OUTPUT_SHARED_64: u32 = 93696;
+pub const GATED_DELTA_OUTPUT_SHARED_128: u32 = 142848;
+pub const GATED_DELTA_STATES_BACKWARD_SHARED_64: u32 = 93696;
+pub const GATED_DELTA_STATES_BACKWARD_SHARED_128: u32 = 142848;
 pub const GATED_DELTA_GRADIENT_SHARED_64: u32 = 86560;
 pub const GATED_DELTA_GRADIENT_SHARED_128: u32 = 153120;
 pub const GATED_RMS_NORM_THREADS: u32 = 256;
@@ -803,6 +801,7 @@ pub struct GatedDeltaParams {
     pub gamma: u64,
     pub q_rstd: u64,
     pub k_rstd: u64,
+    pub scores: u64,
     pub w: u64,
     pub values: u64,
     pub states: u64,
@@ -819,7 +818,7 @@ pub struct GatedDeltaParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 168usize];
+    ["Size of GatedDeltaParams"][::std::mem::size_of::<GatedDeltaParams>() - 176usize];
     ["Alignment of GatedDeltaParams"][::std::mem::align_of::<GatedDeltaParams>() - 8usize];
     ["Offset of field: GatedDeltaParams::o"][::std::mem::offset_of!(GatedDeltaParams, o) - 0usize];
     ["Offset of field: GatedDeltaParams::u"][::std::mem::offset_of!(GatedDeltaParams, u) - 8usize];
@@ -840,31 +839,33 @@ const _: () = {
         [::std::mem::offset_of!(GatedDeltaParams, q_rstd) - 72usize];
     ["Offset of field: GatedDeltaParams::k_rstd"]
         [::std::mem::offset_of!(GatedDeltaParams, k_rstd) - 80usize];
-    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 88usize];
+    ["Offset of field: GatedDeltaParams::scores"]
+        [::std::mem::offset_of!(GatedDeltaParams, scores) - 88usize];
+    ["Offset of field: GatedDeltaParams::w"][::std::mem::offset_of!(GatedDeltaParams, w) - 96usize];
     ["Offset of field: GatedDeltaParams::values"]
-        [::std::mem::offset_of!(GatedDeltaParams, values) - 96usize];
+        [::std::mem::offset_of!(GatedDeltaParams, values) - 104usize];
     ["Offset of field: GatedDeltaParams::states"]
-        [::std::mem::offset_of!(GatedDeltaParams, states) - 104usize];
+        [::std::mem::offset_of!(GatedDeltaParams, states) - 112usize];
     ["Offset of field: GatedDeltaParams::inverse"]
-        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 112usize];
+        [::std::mem::offset_of!(GatedDeltaParams, inverse) - 120usize];
     ["Offset of field: GatedDeltaParams::d_values"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 120usize];
+        [::std::mem::offset_of!(GatedDeltaParams, d_values) - 128usize];
     ["Offset of field: GatedDeltaParams::d_states"]
-        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 128usize];
+        [::std::mem::offset_of!(GatedDeltaParams, d_states) - 136usize];
     ["Offset of field: GatedDeltaParams::step"]
-        [::std::mem::offset_of!(GatedDeltaParams, step) - 136usize];
+        [::std::mem::offset_of!(GatedDeltaParams, step) - 144usize];
     ["Offset of field: GatedDeltaParams::capacity"]
-        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 144usize];
+        [::std::mem::offset_of!(GatedDeltaParams, capacity) - 152usize];
     ["Offset of field: GatedDeltaParams::num_key_heads"]
-        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 148usize];
+        [::std::mem::offset_of!(GatedDeltaParams, num_key_heads) - 156usize];
     ["Offset of field: GatedDeltaParams::num_value_heads"]
-        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 152usize];
+        [::std::mem::offset_of!(GatedDeltaParams, num_value_heads) - 160usize];
     ["Offset of field: GatedDeltaParams::key_head_dim"]
-        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 156usize];
+        [::std::mem::offset_of!(GatedDeltaParams, key_head_dim) - 164usize];
     ["Offset of field: GatedDeltaParams::value_head_dim"]
-        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 160usize];
+        [::std::mem::offset_of!(GatedDeltaParams, value_head_dim) - 168usize];
     ["Offset of field: GatedDeltaParams::reserved"]
-        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 164usize];
+        [::std::mem::offset_of!(GatedDeltaParams, reserved) - 172usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
