@@ -3,7 +3,7 @@
 // d_out_i [T, N_i] bf16, rows at 16-byte borders (linear_align makes such of others); W_i [N_i, K] NF4 or bf16; d_xa [T, sum
 // of ranks] bf16 from lora_project_backward (lora.cu), scaling in it; A_i f32 or bf16; d_x [T, K] bf16.
 // T tokens, K in_features, N out_features.
-// grid (row tiles of the capacity x column tiles of K), block 128, tiles and shared memory as linear_forward. A block goes
+// grid (row tiles of the capacity x column tiles of K), block, tiles and shared memory as linear_forward. A block goes
 // through all projections with one set of f32 sums, so d_x is written once. The weight is read as it lies: a stage is 64 of its
 // rows and the tile's columns, transposed by the matrix load. mask_i, and the scale of what is kept, act on the adapter's part alone.
 // Sums run over i, then over N in order, then the adapters; rounded once (accumulate: the sum with what is there is): deterministic.

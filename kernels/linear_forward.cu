@@ -2,9 +2,10 @@
 //
 // x [T, K] bf16; W_i [N_i, K] NF4 or bf16; xa [T, sum of ranks] bf16 from lora_project (lora.cu); bias f32; B_i f32 or bf16;
 // out_i [T, N_i] bf16 or f32. T tokens, K in_features, N out_features.
-// grid (row tiles of the capacity x column tiles of all projections), block 128: a tile of 128 x 128, 4 warps of 64 x 64 (64 x 64
-// and 32 x 32 at small capacities). 81 or 97 KB of shared memory: two blocks a multiprocessor.
-// xa is made before, in a kernel of its own: the mask and x A^T are then computed once and not once per column tile (N / 128
+// grid (row tiles of the capacity x column tiles of all projections). _wide: block 256, a tile of 128 x 256, 8 warps of 64 x 64, 113
+// or 145 KB of shared memory (NF4, dense); plain: block 128, 128 x 128, 4 warps of 64 x 64, 81 or 97 KB; _small: block 128, 64 x 64, 4
+// warps of 32 x 32, 41 or 49 KB. Which of them: the launcher.
+// xa is made before, in a kernel of its own: the mask and x A^T are then computed once and not once per column tile (N / 256
 // times), for reading x once more, which is a few percent of what the product itself reads from the L2 cache. B joins here:
 // a product over the rank per fragment, scaled and added in f32.
 // f32 sums over K in order, then the adapter, then the bias; rounded once: deterministic.

@@ -1,8 +1,9 @@
 // linear_swiglu_forward: h = silu(gate) up, with gate = x Wg^T and up = x Wu^T, each with its bias and adapter.
 //
 // As linear_forward, with two projections of the same shape. gate, up, h [T, N] bf16.
-// grid (row tiles of the capacity x column tiles), block 128: a tile of 128 rows, and 64 columns of both gate and up. The rows of
-// Wg and Wu alternate in the tile, 32 at a time, so that a thread's sums of gate and of up belong to the same elements of h.
+// grid (row tiles of the capacity x column tiles), block and tiles as there; half of a tile's columns are gate's, half up's. The
+// rows of Wg and Wu alternate in the tile, half a warp's columns at a time, so that a thread's sums of gate and of up belong to the
+// same elements of h.
 // h is made of gate and up as they are stored, rounded to bf16: backward then differentiates what forward computed.
 // Deterministic. Preconditions (the launcher checks): as linear_forward; both weights NF4, or both dense.
 // Cost: 4 T K N FLOP; h costs nothing but its 2 T N bytes. docs/kernels/linear.md.

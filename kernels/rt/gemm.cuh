@@ -138,8 +138,7 @@ DEVICE void accumulate(typename Tile::Sums& sums, bf16* shared, A& a, B& b, unsi
     // Turn `step` converts step and multiplies the one before.
     for (unsigned step = 0; step <= num_steps; ++step) {
         if (step > 0) copy_async_wait<kGemmStages - 2>();
-        // Everyone's part of step - 1 is there, and everyone is through with step - 2.
-        __syncthreads();
+        __syncthreads();  // Everyone's part of step - 1 is there, and everyone is through with step - 2.
         a_tiles.copy(a, step + kGemmStages - 2, num_steps);
         b_tiles.copy(b, step + kGemmStages - 2, num_steps);
         copy_async_commit();

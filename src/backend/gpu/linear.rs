@@ -277,6 +277,7 @@ impl Call {
     }
 }
 
+#[expect(clippy::needless_pass_by_ref_mut, reason = "kernels write them")]
 pub(super) fn forward(
     gpu: &Gpu,
     outs: &mut [&mut Tensor],
@@ -318,6 +319,7 @@ pub(super) fn forward(
 }
 
 #[expect(clippy::too_many_arguments, reason = "the op's own list")]
+#[expect(clippy::needless_pass_by_ref_mut, reason = "kernels write them")]
 pub(super) fn swiglu_forward(
     gpu: &Gpu,
     h: &mut Tensor,
@@ -405,6 +407,7 @@ fn aligned(
 }
 
 #[expect(clippy::too_many_arguments, reason = "the op's own list")]
+#[expect(clippy::needless_pass_by_ref_mut, reason = "kernels write them")]
 pub(super) fn backward(
     gpu: &Gpu,
     d_x: GradOut<'_>,
