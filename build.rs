@@ -9,6 +9,7 @@
     reason = "a build script is told by its environment"
 )]
 
+use std::collections::BTreeSet;
 use std::env;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -217,20 +218,42 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
         report.push_str(said);
         writeln!(
             table,
-            "    ({:?}, include_bytes!({:?})),",
+            "        ({:?}, include_bytes!({:?}), &{:?}),",
             stem(path),
-            fatbin.display().to_string()
+            fatbin.display().to_string(),
+            compiled_kernels(said)
         )?;
     }
+    let toolkit = toolkit_version(&nvcc)?;
     fs::write(out.join("ptxas.txt"), report)?;
     fs::write(
         out.join("fatbins.rs"),
         format!(
-            "/// Every compiled kernel file.\npub const FATBINS: &[(&str, &[u8])] = &[\n{table}];\n"
+            "/// Every compiled kernel file.\nconst FATBINS: Fatbins = Fatbins {{\n    archs: {archs:?},\n    toolkit: {toolkit:?},\n    files: &[\n{table}    ],\n}};\n"
         ),
     )?;
     println!("cargo:rustc-cfg=kernels_cuda");
     Ok(())
+}
+
+/// The kernels that ptxas tells of.
+fn compiled_kernels(said: &str) -> Vec<&str> {
+    let after = said.split("Compiling entry function '").skip(1);
+    let names = after.filter_map(|rest| rest.split_once('\'').map(|(name, _)| name));
+    // Once for every architecture.
+    BTreeSet::from_iter(names).into_iter().collect()
+}
+
+/// Major and minor version of CUDA that nvcc is of.
+fn toolkit_version(nvcc: &Path) -> Result<(u32, u32)> {
+    let said = Command::new(nvcc).arg("--version").output()?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let version = said.split("release ").nth(1).and_then(|rest| {
+        let (major, rest) = rest.split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    });
+    version.ok_or_else(|| format!("{} --version tells no release: {said}", nvcc.display()).into())
 }
 
 /// Compiles one file for all of `archs`; what ptxas says of it.

@@ -9,7 +9,7 @@ use brightrun::backend::cpu::Cpu;
 use brightrun::config::model::{
     LayerConfig, MixerKind, MlpKind, ModelConfig, RopeConfig, RopeScaling,
 };
-use brightrun::config::{MoeLora, Recompute};
+use brightrun::config::{LoraDType, MoeLora, Optimizer, Recompute};
 use brightrun::data::{Batch, StepBatches};
 use brightrun::model::adapter::AdapterSettings;
 use brightrun::model::random_weights::RandomWeights;

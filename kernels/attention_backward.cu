@@ -20,8 +20,6 @@
 namespace attention {
 
 constexpr unsigned kTile = ATTENTION_TILE;
-// P or dS in shared memory: rows of 64 and 8 of padding.
-constexpr unsigned kScoreStride = kTile + 8;
 
 // The part of a warp in scores [64, 64] and results [64, kHeadDim] of its block.
 template <unsigned kHeadDim, unsigned kThreads>
@@ -53,18 +51,6 @@ DEVICE Tiles<kHeadDim> tiles_in(bf16* shared) {
     float* const numbers = reinterpret_cast<float*>(scores + kTile * kScoreStride);
     return {shared,  shared + kElements, shared + 2 * kElements, shared + 3 * kElements, scores, numbers, numbers + kTile,
             reinterpret_cast<uint32_t*>(numbers + 2 * kTile)};
-}
-
-// d += scores [rows of the warp, 64] tile [64, columns of the warp].
-template <unsigned kHeadDim, unsigned kM, unsigned kN>
-DEVICE void multiply_scores(float (&d)[kM][kN][4], const bf16* scores, const bf16* tile) {
-    const unsigned lane = threadIdx.x % kWarpSize;
-    UNROLL for (unsigned k = 0; k < kTile; k += 16) {
-        uint32_t part[kM][4];
-        UNROLL for (unsigned m = 0; m < kM; ++m)
-            load_matrix_x4(part[m], scores + (m * 16 + lane % 16) * kScoreStride + k + lane / 16 * 8);
-        multiply_step<kRow<kHeadDim>>(d, part, tile + k * kRow<kHeadDim>);
-    }
 }
 
 // The block's results, rounded, by way of a tile that nobody reads any more.

@@ -8,7 +8,7 @@
 // stored as such would err by 2^-9 |z| p.
 // logits [C, Vp] bf16, Vp = V rounded up to 64, what lies beyond V becomes 0; group_max, group_sum [C, G] f32,
 // G = Vp / 64; target_logit [C], token_loss [T] f32. T tokens, V vocab_size, C rows of the chunk.
-// cross_entropy_loss: grid (C), block 512: a block per row, a thread every 512th group of 8 columns; 128 B of shared memory.
+// cross_entropy_loss: grid (C), block 256: a block per row, a thread every 256th group of 8 columns; 64 B of shared memory.
 // cross_entropy_clear: d_x [T, D] bf16 = 0. grid (capacity in tokens), block 256.
 // f32, sums in a fixed order: deterministic. Preconditions (the launcher checks): Vp a multiple of 64, D of 8, rows 16-byte
 // aligned.

@@ -2,7 +2,7 @@
 #pragma once
 #include "rt/step_state.h"
 
-#define CROSS_ENTROPY_THREADS 512
+#define CROSS_ENTROPY_THREADS 256
 #define CROSS_ENTROPY_CLEAR_THREADS 256
 // Columns of a row of logits that share a maximum.
 #define CROSS_ENTROPY_GROUP 64

@@ -4,12 +4,17 @@
 #include "rt/step_state.h"
 
 #define LINEAR_THREADS 128
+#define LINEAR_WIDE_THREADS 256
 #define LINEAR_MAX_PROJECTIONS 4
-// Rows and columns of a block's tile; the small one where the capacity is at most LINEAR_SMALL_ROWS.
+// Rows and columns of a block's tile. _wide: 128 x 256 by 256 threads; the plain one where that has too few tiles, or does not fit
+// into shared memory (99 KB on GPUs for desktops); _small where the capacity is at most LINEAR_SMALL_ROWS.
+#define LINEAR_WIDE_COLS 256
 #define LINEAR_TILE 128
 #define LINEAR_SMALL_TILE 64
 #define LINEAR_SMALL_ROWS 256
 // Dynamic shared memory of a block: the dynamic map, and stages of 64 in depth. Weights are all NF4, or some dense.
+#define LINEAR_WIDE_SHARED_NF4 115712
+#define LINEAR_WIDE_SHARED_DENSE 148480
 #define LINEAR_SHARED_NF4 82944
 #define LINEAR_SHARED_DENSE 99328
 #define LINEAR_SMALL_SHARED_NF4 41984

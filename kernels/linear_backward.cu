@@ -60,9 +60,14 @@ DEVICE void backward_tile(const LinearParams& p, unsigned char* memory) {
 
 }  // namespace
 
+KERNEL(linear_backward_input_wide, LinearParams, p, LINEAR_WIDE_THREADS) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    backward_tile<WideTile>(p, memory);
+}
+
 KERNEL(linear_backward_input, LinearParams, p, LINEAR_THREADS) {
     DYNAMIC_SHARED(unsigned char, memory);
-    backward_tile<LargeTile>(p, memory);
+    backward_tile<PlainTile>(p, memory);
 }
 
 KERNEL(linear_backward_input_small, LinearParams, p, LINEAR_THREADS) {

@@ -30,19 +30,23 @@ DEVICE void forward_tile(const LinearParams& p, unsigned char* memory) {
     typename Tile::Sums sums = {};
     add_weight_product<Tile, false>(sums, shared, aligned_rows_of(p.x, p.in_features, num_tokens, p.in_features), first_row,
                                     w, w, p.in_features, first_col, active);
+    // Registers are short in the product of a wide tile: these are not held through it.
+    constexpr bool kIsWide = Tile::kThreads == LINEAR_WIDE_THREADS;
+    const unsigned num_rows = p.step->num_tokens;
+    const unsigned row0 = kIsWide ? place_of_block(made_anew(p.row_tiles), p.col_tiles).row_tile * Tile::kM : first_row;
     if (w.lora.rank) {
-        CopiedRows<Tile, Tile::kM, false> xa(rows_of(p.xa + w.lora.first_column, p.xa_width, num_tokens, w.lora.rank), first_row);
+        CopiedRows<Tile, Tile::kM, false> xa(rows_of(p.xa + w.lora.first_column, p.xa_width, num_rows, w.lora.rank), row0);
         LowRankTile<Tile, false> b(low_rank_of(p.lora, w.lora.b, w.out_features, w.lora.rank, p.lora_is_bf16), first_col);
         add_low_rank<Tile>(sums, shared.tiles, xa, b, w.lora.rank, active, AddScaled{w.lora.scaling});
     }
     for_each_fragment<Tile>(sums, [&](unsigned tile_row, unsigned tile_col, float(&sum)[4]) {
-        const unsigned row = first_row + tile_row, col = first_col + tile_col;
+        const unsigned row = row0 + tile_row, col = first_col + tile_col;
         if (w.bias && col < w.out_features) {
             const float bias[2] = {w.bias[col], col + 1 < w.out_features ? w.bias[col + 1] : 0.0f};
             UNROLL for (unsigned j = 0; j < 4; ++j) sum[j] += bias[j % 2];
         }
         UNROLL for (unsigned half = 0; half < 2; ++half) {
-            if (row + half * 8 >= num_tokens) continue;
+            if (row + half * 8 >= num_rows) continue;
             if (w.out_is_f32) {
                 store_pair(static_cast<float*>(w.out), row + half * 8, col, w.out_features, sum[2 * half], sum[2 * half + 1]);
             } else {
@@ -54,9 +58,14 @@ DEVICE void forward_tile(const LinearParams& p, unsigned char* memory) {
 
 }  // namespace
 
+KERNEL(linear_forward_wide, LinearParams, p, LINEAR_WIDE_THREADS) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    forward_tile<WideTile>(p, memory);
+}
+
 KERNEL(linear_forward, LinearParams, p, LINEAR_THREADS) {
     DYNAMIC_SHARED(unsigned char, memory);
-    forward_tile<LargeTile>(p, memory);
+    forward_tile<PlainTile>(p, memory);
 }
 
 KERNEL(linear_forward_small, LinearParams, p, LINEAR_THREADS) {

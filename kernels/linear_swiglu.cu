@@ -18,8 +18,8 @@ struct AddOfPair {
     bool is_second;
 
     METHOD void begin(unsigned, unsigned) {}
-    METHOD void operator()(unsigned, unsigned col, float (&sum)[4], const float (&product)[4]) const {
-        if (Pairing<kHalf>::is_second(col) == is_second) AddScaled{scaling}(0, col, sum, product);
+    METHOD void operator()(unsigned index, unsigned col, float (&sum)[4], const float (&product)[4]) const {
+        if (Pairing<kHalf>::is_second(col) == is_second) AddScaled{scaling}(index, col, sum, product);
     }
 };
 
@@ -85,9 +85,14 @@ DEVICE void swiglu_tile(const LinearParams& p, unsigned char* memory) {
 
 }  // namespace
 
+KERNEL(linear_swiglu_forward_wide, LinearParams, p, LINEAR_WIDE_THREADS) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    swiglu_tile<WideTile>(p, memory);
+}
+
 KERNEL(linear_swiglu_forward, LinearParams, p, LINEAR_THREADS) {
     DYNAMIC_SHARED(unsigned char, memory);
-    swiglu_tile<LargeTile>(p, memory);
+    swiglu_tile<PlainTile>(p, memory);
 }
 
 KERNEL(linear_swiglu_forward_small, LinearParams, p, LINEAR_THREADS) {

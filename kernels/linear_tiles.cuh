@@ -5,7 +5,8 @@
 
 #include "linear.h"
 
-using LargeTile = GemmTile<LINEAR_TILE, LINEAR_TILE, 2, 2>;
+using WideTile = GemmTile<LINEAR_TILE, LINEAR_WIDE_COLS, 2, 4>;
+using PlainTile = GemmTile<LINEAR_TILE, LINEAR_TILE, 2, 2>;
 using SmallTile = GemmTile<LINEAR_SMALL_TILE, LINEAR_SMALL_TILE, 2, 2>;
 
 constexpr unsigned kDynamicCodeBytes = kDynamicCodes * sizeof(float);
@@ -15,9 +16,12 @@ constexpr unsigned linear_shared_bytes(bool is_dense) {
     const unsigned elements = (kGemmStages * Tile::kM + (is_dense ? kGemmStages : 2) * Tile::kN) * kGemmDepth;
     return kDynamicCodeBytes + elements * static_cast<unsigned>(sizeof(bf16));
 }
-static_assert(LargeTile::kThreads == LINEAR_THREADS && SmallTile::kThreads == LINEAR_THREADS, "what the launcher starts");
-static_assert(linear_shared_bytes<LargeTile>(false) == LINEAR_SHARED_NF4, "what the launcher asks for");
-static_assert(linear_shared_bytes<LargeTile>(true) == LINEAR_SHARED_DENSE, "what the launcher asks for");
+static_assert(WideTile::kThreads == LINEAR_WIDE_THREADS, "what the launcher starts");
+static_assert(PlainTile::kThreads == LINEAR_THREADS && SmallTile::kThreads == LINEAR_THREADS, "what the launcher starts");
+static_assert(linear_shared_bytes<WideTile>(false) == LINEAR_WIDE_SHARED_NF4, "what the launcher asks for");
+static_assert(linear_shared_bytes<WideTile>(true) == LINEAR_WIDE_SHARED_DENSE, "what the launcher asks for");
+static_assert(linear_shared_bytes<PlainTile>(false) == LINEAR_SHARED_NF4, "what the launcher asks for");
+static_assert(linear_shared_bytes<PlainTile>(true) == LINEAR_SHARED_DENSE, "what the launcher asks for");
 static_assert(linear_shared_bytes<SmallTile>(false) == LINEAR_SMALL_SHARED_NF4, "what the launcher asks for");
 static_assert(linear_shared_bytes<SmallTile>(true) == LINEAR_SMALL_SHARED_DENSE, "what the launcher asks for");
 

@@ -69,7 +69,8 @@ DEVICE void input_grad_tile(const MoeInputGradParams& p, unsigned char* memory) 
     typename Tile::Sums sums = {};
     for (unsigned i = 0; i < p.num_projections; ++i) {
         const LinearProjection w = expert_weight(p.projections[i], tile.expert);
-        const Rows d_out = rows_of_tile(p.rows, tile, w.out, w.out_features, p.is_gathered);
+        const bf16* const base = static_cast<const bf16*>(w.out);
+        const Rows d_out = routed_rows(p.rows, base, w.out_features, p.is_gathered, tile.first_row, tile.num_rows);
         add_weight_product<Tile, true>(sums, shared, d_out, 0, w, w, p.in_features, first_col, active);
     }
     for (unsigned i = 0; i < p.num_projections; ++i) {
@@ -80,7 +81,8 @@ DEVICE void input_grad_tile(const MoeInputGradParams& p, unsigned char* memory) 
     for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
         UNROLL for (unsigned i = 0; i < 4; i += 2) {
             if (row + i * 4 >= tile.num_rows) continue;
-            store_pair(p.d_x, tile.first_row + static_cast<size_t>(row) + i * 4, first_col + col, p.in_features, sum[i], sum[i + 1]);
+            const size_t own = tile.first_row + row + i * 4;
+            store_pair(p.d_x, own, first_col + col, p.in_features, sum[i], sum[i + 1]);
         }
     });
 }

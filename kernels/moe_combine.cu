@@ -4,8 +4,8 @@
 //   moe_weight_grads  d_topk_weights[t, j] = sum_i partial[row_of_slot[t K + j], i]
 //
 // out [T, D], rows [R, D] bf16; partial [R, parts] f32. T tokens, K per token, R = T K, D hidden_size, E experts.
-// tiles: grid (R at capacity / 256), a thread per row; block 0 makes the tiles. combine: grid (capacity), a block of 256 per token, a thread every 256th group of 8 columns.
-// weight_grads: grid (R at capacity / 256), a thread per slot. 64 B of shared memory at most.
+// tiles: grid (R at capacity / 256), block 256, a thread per row; block 0 makes the tiles. combine: grid (capacity), a block of
+// 256 per token, a thread every 256th group of 8 columns. weight_grads: grid (R at capacity / 256), block 256, a thread per slot.
 // f32, sums in slot order, rounded once: deterministic.
 // Preconditions (the launcher checks): D a multiple of 8, rows 16-byte aligned; room for ceil(R / tile_rows) + E tiles.
 // Cost: combine reads 2 K D and writes 2 D bytes per token (accumulate: reads 2 D more): memory bound, 0.17 ms for T = 16k,

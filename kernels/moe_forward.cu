@@ -52,13 +52,14 @@ DEVICE void gate_up_tile(const MoeForwardParams& p, unsigned char* memory) {
     constexpr unsigned kHalf = Tile::kWarpN / 2;
     if (blockIdx.y >= *p.rows.num_tiles) return;
     const LinearShared shared = linear_shared(memory);
+    // A reference: what a product has no use for is read again after it.
     const MoeTile& tile = p.rows.tiles[blockIdx.y];
     const unsigned num_cols = p.projections[0].expert0.out_features, first_col = blockIdx.x * (Tile::kN / 2);
     const bool active = Tile::warp_row() < tile.num_rows && first_col + Tile::warp_col() / 2 < num_cols;
 
     typename Tile::Sums sums = {};
-    add_weight_product<Tile, false, kHalf>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, true), 0,
-                                           expert_weight(p.projections[0], tile.expert),
+    const Rows x = routed_rows(p.rows, p.x, p.in_features, true, tile.first_row, tile.num_rows);
+    add_weight_product<Tile, false, kHalf>(sums, shared, x, 0, expert_weight(p.projections[0], tile.expert),
                                            expert_weight(p.projections[1], tile.expert), p.in_features, first_col, active);
     NO_UNROLL for (unsigned i = 0; i < 2; ++i)
         add_adapter<Tile, kHalf>(sums, shared.tiles, p, p.projections[i], tile, first_col, i == 1, active);
@@ -89,6 +90,7 @@ template <class Tile>
 DEVICE void down_tile(const MoeForwardParams& p, unsigned char* memory) {
     if (blockIdx.y >= *p.rows.num_tiles) return;
     const LinearShared shared = linear_shared(memory);
+    // A reference: what a product has no use for is read again after it.
     const MoeTile& tile = p.rows.tiles[blockIdx.y];
     const LinearProjection& down = p.projections[0].expert0;
     const unsigned num_cols = down.out_features, first_col = blockIdx.x * Tile::kN;
@@ -96,8 +98,8 @@ DEVICE void down_tile(const MoeForwardParams& p, unsigned char* memory) {
 
     typename Tile::Sums sums = {};
     const LinearProjection weight = expert_weight(p.projections[0], tile.expert);
-    add_weight_product<Tile, false>(sums, shared, rows_of_tile(p.rows, tile, p.x, p.in_features, false), 0, weight, weight,
-                                    p.in_features, first_col, active);
+    const Rows h = routed_rows(p.rows, p.x, p.in_features, false, tile.first_row, tile.num_rows);
+    add_weight_product<Tile, false>(sums, shared, h, 0, weight, weight, p.in_features, first_col, active);
     add_adapter<Tile, 0>(sums, shared.tiles, p, p.projections[0], tile, first_col, false, active);
     for_each_fragment<Tile>(sums, [&](unsigned row, unsigned col, float(&sum)[4]) {
         UNROLL for (unsigned i = 0; i < 4; i += 2) {

@@ -14,10 +14,9 @@
 // Preconditions (the launcher checks): n a multiple of 8, rows 16-byte aligned, ranks above 0.
 // Cost: 2 R r n FLOP each; x and d_out once per module: memory bound (r FLOP a byte). docs/kernels/moe.md.
 // Reference: src/backend/cpu/lora.rs, moe.rs; docs/math/moe.md. Hu et al. 2021.
-#include "rt/operands.cuh"
+#include "moe_rows.cuh"
 
 #include "moe_lora.h"
-#include "moe_rows.cuh"
 
 namespace {
 using ProjectTile16 = GemmTile<MOE_LORA_ROWS, 16, 4, 1>;
@@ -26,12 +25,6 @@ using GradTile16 = GemmTile<16, MOE_LORA_GRAD_COLS, 1, 4>;
 using GradTile64 = GemmTile<64, MOE_LORA_GRAD_COLS, 1, 4>;
 static_assert((kGemmStages * GradTile64::kM + 2 * GradTile64::kN) * kGemmDepth * sizeof(bf16) == MOE_LORA_GRAD_SHARED,
               "what the launcher asks for");
-
-// Rows [first, end) of a [T or R, num_cols] matrix that has a row for each of them.
-DEVICE Rows routed_rows(const MoeRows& rows, const bf16* base, uint32_t num_cols, bool is_gathered, size_t first, uint32_t num_rows) {
-    if (is_gathered) return aligned_rows_of(base, num_cols, num_rows, num_cols, rows.token_of_row + first);
-    return aligned_rows_of(base + first * num_cols, num_cols, num_rows, num_cols);
-}
 
 // sums times scale to this block's ranks of xa.
 template <class Tile>
@@ -62,7 +55,8 @@ DEVICE void project_rows(const MoeLoraProjectParams& p, bf16* shared, unsigned e
 }
 
 template <class Tile>
-DEVICE void project_backward_rows(const MoeLoraProjectParams& p, bf16* shared, unsigned expert, size_t first_row, unsigned num_rows) {
+DEVICE void project_backward_rows(const MoeLoraProjectParams& p, bf16* shared, unsigned expert, size_t first_row,
+                                  unsigned num_rows) {
     const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
     const LoraModule module = expert_module(job.projection, expert);
     CopiedRows<Tile, Tile::kM, false> d_out(routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows), 0);

@@ -1,6 +1,8 @@
 // Helpers of the kernels over routed rows: one expert's part of what belongs to all.
 #pragma once
 
+#include "rt/operands.cuh"
+
 #include "moe_rows.h"
 
 // The adapter of `expert`.
@@ -28,4 +30,11 @@ DEVICE LinearProjection expert_weight(const MoeProjection& p, unsigned expert) {
         one.nf4.nested_absmax += expert * p.nested_absmax_stride;
     }
     return one;
+}
+
+// Routed rows [first, first + num_rows) of a [T, num_cols] matrix (is_gathered), or of a [R, num_cols] one.
+DEVICE Rows routed_rows(const MoeRows& rows, const bf16* base, uint32_t num_cols, bool is_gathered, size_t first,
+                        uint32_t num_rows) {
+    if (is_gathered) return aligned_rows_of(base, num_cols, num_rows, num_cols, rows.token_of_row + first);
+    return aligned_rows_of(base + first * num_cols, num_cols, num_rows, num_cols);
 }

@@ -1,4 +1,4 @@
-// What the products of the experts share: tiles, and where a routed tile's rows lie.
+// What the products of the experts share.
 #pragma once
 
 #include "linear_tiles.cuh"
@@ -14,13 +14,6 @@ static_assert(linear_shared_bytes<MoeLargeTile>(false) == MOE_SHARED_NF4, "what 
 static_assert(linear_shared_bytes<MoeLargeTile>(true) == MOE_SHARED_DENSE, "what the launcher asks for");
 static_assert(linear_shared_bytes<MoeSmallTile>(false) == MOE_SMALL_SHARED_NF4, "what the launcher asks for");
 static_assert(linear_shared_bytes<MoeSmallTile>(true) == MOE_SMALL_SHARED_DENSE, "what the launcher asks for");
-
-// The tile's rows of a [T, num_cols] matrix (is_gathered), or of a [R, num_cols] one.
-DEVICE Rows rows_of_tile(const MoeRows& rows, const MoeTile& tile, const void* base, uint32_t num_cols, bool is_gathered) {
-    const bf16* const first = static_cast<const bf16*>(base);
-    if (is_gathered) return aligned_rows_of(first, num_cols, tile.num_rows, num_cols, rows.token_of_row + tile.first_row);
-    return aligned_rows_of(first + static_cast<size_t>(tile.first_row) * num_cols, num_cols, tile.num_rows, num_cols);
-}
 
 // The tile's rows of the module's part of xa or d_xa.
 DEVICE Rows narrow_rows_of_tile(const MoeTile& tile, const bf16* xa, uint32_t xa_width, const LoraModule& module) {

@@ -52,8 +52,10 @@ const MAY_NAME: [(&str, &[&str]); 14] = [
 ];
 
 /// Files that may hold unsafe code.
-const UNSAFE: [&str; 3] = [
+const UNSAFE: [&str; 5] = [
     "backend/cpu/gemm.rs",
+    "backend/gpu/driver/cuda.rs",
+    "backend/gpu/driver/cuda/device.rs",
     "backend/gpu/driver/emu.rs",
     "store/checkpoint.rs",
 ];

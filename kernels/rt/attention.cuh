@@ -4,13 +4,13 @@
 // rows of a matrix load lie in different banks. Columns beyond the model's head_dim, and rows beyond the end, are zeros.
 #pragma once
 
+#include "bits.cuh"
 #include "mma.cuh"
 #include "step_state.h"
 #include "vector.cuh"
 
 #ifdef __CUDACC__
 
-#define UNROLL _Pragma("unroll")
 #define UNROLL_TWICE _Pragma("unroll 2")
 
 // 2^x within two units in the last place; 0 where the result is below 2^-126.
@@ -18,13 +18,6 @@ DEVICE float exp2_approx(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
-}
-
-// Both rounded to bf16, `low` in the lower half.
-DEVICE uint32_t pack_bf16(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
 }
 
 // 4 bytes from global to shared memory without waiting; zeros where not `valid`.
@@ -35,16 +28,11 @@ DEVICE void copy_async_4(void* target, const void* source, bool valid) {
 
 #else
 
-#define UNROLL
 #define UNROLL_TWICE
 
 DEVICE float exp2_approx(float x) {
     const float result = exp2f(x);
     return result < 1.17549435e-38f ? 0.0f : result;
-}
-
-DEVICE uint32_t pack_bf16(float low, float high) {
-    return static_cast<uint32_t>(to_bf16(low).bits) | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
 
 DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
@@ -67,6 +55,8 @@ DEVICE unsigned first_key(unsigned query, unsigned sequence_start, unsigned wind
 
 template <unsigned kHeadDim>
 constexpr unsigned kRow = kHeadDim + 8;
+// Scores (P or dS) of a tile, 64 columns, are padded likewise.
+constexpr unsigned kScores = 64, kScoreStride = kScores + 8;
 
 // Rows [first, end) of a head to shared memory, kRows at most. `head` is the head's column in row 0. Not unrolled further: the
 // addresses would cost the registers that the products need.
@@ -99,7 +89,7 @@ DEVICE void write_fragments(bf16* tile, const float (&d)[kM][kN][4], float facto
     bf16* const at = tile + lane / 4 * kStride + lane % 4 * 2;
     UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(at + (m * 16 + half * 8) * kStride + n * 8) =
-            pack_bf16(d[m][n][2 * half] * factor, d[m][n][2 * half + 1] * factor);
+            pack_bf16_pair(d[m][n][2 * half] * factor, d[m][n][2 * half + 1] * factor);
 }
 
 // d [16 kM, 8 kN] += a [16 kM, kDepth] b [8 kN, kDepth]^T, of tiles kHeadDim wide.
@@ -137,6 +127,18 @@ DEVICE void multiply_step(float (&d)[kM][kN][4], const uint32_t (&a)[kM][4], con
             mma_16x8x16(d[m][n], a[m], b_first);
             mma_16x8x16(d[m][n + 1], a[m], b_second);
         }
+    }
+}
+
+// d += scores [rows of the warp, 64] tile [64, columns of the warp].
+template <unsigned kHeadDim, unsigned kM, unsigned kN>
+DEVICE void multiply_scores(float (&d)[kM][kN][4], const bf16* scores, const bf16* tile) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    UNROLL for (unsigned k = 0; k < kScores; k += 16) {
+        uint32_t part[kM][4];
+        UNROLL for (unsigned m = 0; m < kM; ++m)
+            load_matrix_x4(part[m], scores + (m * 16 + lane % 16) * kScoreStride + k + lane / 16 * 8);
+        multiply_step<kRow<kHeadDim>>(d, part, tile + k * kRow<kHeadDim>);
     }
 }
 

@@ -26,11 +26,20 @@ DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return result;
 }
 
+// `value`, of which the compiler does not know that it is the same: what is made of it is made anew, and not held in
+// registers in the meantime.
+DEVICE unsigned made_anew(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 #else
 
 #define UNROLL
 #define NO_UNROLL
 #define METHOD inline
+
+DEVICE unsigned made_anew(unsigned value) { return value; }
 
 DEVICE uint32_t pack_bf16_pair(float low, float high) {
     return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;

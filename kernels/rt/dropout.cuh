@@ -68,7 +68,7 @@ struct AddDropped {
     unsigned first_row, first_col;
     const uint32_t* tokens;
     unsigned num_rows;
-    uint32_t kept = 0;
+    uint32_t kept[Tile::kFragmentsM] = {};  // of each row of fragments
 
     METHOD AddDropped(const Dropout& mask, unsigned first_row, unsigned first_col, const uint32_t* tokens = nullptr,
                       unsigned num_rows = 0)
@@ -78,10 +78,13 @@ struct AddDropped {
         return first_row + row < num_rows ? tokens[first_row + row] : 0;
     }
     METHOD void begin(unsigned row, unsigned col) {
-        kept = mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, token(row), token(row + 8), first_col + col) : ~0u;
+        UNROLL for (unsigned m = 1; m < Tile::kFragmentsM; ++m) kept[m - 1] = kept[m];
+        kept[Tile::kFragmentsM - 1] =
+            mask.is_on ? kept_of_fragments<Tile::kFragmentsN>(mask, token(row), token(row + 8), first_col + col) : ~0u;
     }
-    METHOD void operator()(unsigned n, unsigned, float (&sum)[4], const float (&product)[4]) const {
+    METHOD void operator()(unsigned index, unsigned, float (&sum)[4], const float (&product)[4]) const {
+        const uint32_t bits = kept[index / Tile::kFragmentsN] >> index % Tile::kFragmentsN * 4;
         UNROLL for (unsigned i = 0; i < 4; ++i)
-            if (kept >> (4 * n + i) & 1) sum[i] += mask.keep_scale * product[i];
+            if (bits >> i & 1) sum[i] += mask.keep_scale * product[i];
     }
 };

@@ -15,7 +15,7 @@
 // Elements beyond the operand's rows and columns are zeros. Extents are those of the tile: kM for A, kN for B.
 //
 // Shared memory: kGemmStages tiles of an operand that is copied, 2 of one that is staged. In one turn of the loop the copies of
-// step + 2 start, step + 1 is converted, and step is multiplied: one barrier each. A row's 16-byte parts trade places by the row's
+// step + 1 start, step is converted, and step - 1 is multiplied: one barrier each. A row's 16-byte parts trade places by the row's
 // number (tile_offset), so that copies, stores and matrix loads meet no bank twice.
 // Sums run in depth order: deterministic.
 #pragma once
@@ -105,12 +105,8 @@ struct GemmBuffers {
     bf16* first;
 
     METHOD bf16* at(unsigned step) const { return first + step % kCount * kExtent * kGemmDepth; }
-    METHOD void begin(Operand& operand, unsigned num_steps) const {
-        if constexpr (Operand::kStaged) {
-            operand.fetch(0);
-            operand.store(at(0));
-            if (num_steps > 1) operand.fetch(1);
-        }
+    METHOD void begin(Operand& operand) const {
+        if constexpr (Operand::kStaged) operand.fetch(0);
     }
     METHOD void copy(Operand& operand, unsigned step, unsigned num_steps) const {
         if constexpr (!Operand::kStaged)
@@ -132,23 +128,24 @@ DEVICE void accumulate(typename Tile::Sums& sums, bf16* shared, A& a, B& b, unsi
     const GemmBuffers<A, Tile::kM> a_tiles = {shared};
     const GemmBuffers<B, Tile::kN> b_tiles = {shared + a_tiles.kCount * Tile::kM * kGemmDepth};
     const unsigned num_steps = (depth + kGemmDepth - 1) / kGemmDepth;
-    for (unsigned step = 0; step < kGemmStages - 1; ++step) {
+    for (unsigned step = 0; step < kGemmStages - 2; ++step) {
         a_tiles.copy(a, step, num_steps);
         b_tiles.copy(b, step, num_steps);
         copy_async_commit();
     }
-    a_tiles.begin(a, num_steps);
-    b_tiles.begin(b, num_steps);
-    for (unsigned step = 0; step < num_steps; ++step) {
-        copy_async_wait<kGemmStages - 2>();
-        // Everyone's part of this step is there, and everyone is through with the step before.
+    a_tiles.begin(a);
+    b_tiles.begin(b);
+    // Turn `step` converts step and multiplies the one before.
+    for (unsigned step = 0; step <= num_steps; ++step) {
+        if (step > 0) copy_async_wait<kGemmStages - 2>();
+        // Everyone's part of step - 1 is there, and everyone is through with step - 2.
         __syncthreads();
-        a_tiles.copy(a, step + kGemmStages - 1, num_steps);
-        b_tiles.copy(b, step + kGemmStages - 1, num_steps);
+        a_tiles.copy(a, step + kGemmStages - 2, num_steps);
+        b_tiles.copy(b, step + kGemmStages - 2, num_steps);
         copy_async_commit();
-        a_tiles.convert(a, step + 1, num_steps);
-        b_tiles.convert(b, step + 1, num_steps);
-        if (active) multiply_stage<Tile, A::kAlongRows, B::kAlongRows>(sums, a_tiles.at(step), b_tiles.at(step));
+        a_tiles.convert(a, step, num_steps);
+        b_tiles.convert(b, step, num_steps);
+        if (step > 0 && active) multiply_stage<Tile, A::kAlongRows, B::kAlongRows>(sums, a_tiles.at(step - 1), b_tiles.at(step - 1));
     }
     __syncthreads();
 }
@@ -180,16 +177,20 @@ constexpr unsigned low_rank_shared_elements() {
     return (Tile::kM + Tile::kN) * kGemmDepth;
 }
 
-// An adapter's product narrow low^T over `rank`. For each fragment add(n, col, sum, product) adds what it makes of it to the
-// sum; add.begin(row, col) comes before a row of fragments, whose n-th has columns col + 8 n. (row, col) is the thread's place in
-// the tile, as for_each_fragment has it. `narrow` and `low` are operands with copy(tile, step), extents kM and kN. More than
-// kGemmDepth ranks come in parts. All threads of the block call it; `shared` is free before and after.
+// An adapter's product narrow low^T over `rank`, 16 ranks at a time. For each fragment add(index, col, sum, product) adds what it
+// makes of the product to the sum; index = m kFragmentsN + n for the n-th of row m of fragments, whose columns are col, col + 1.
+// add.begin(row, col) comes first, once for each row of fragments, in order, with the thread's place in its first one (as
+// for_each_fragment has it). `narrow` and `low` are operands with copy(tile, step), extents kM and kN. All threads of the block
+// call it; `shared` is free before and after.
 template <class Tile, class Narrow, class Low, class Add>
 DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, const Narrow& narrow, const Low& low, unsigned rank, bool active,
                          Add add) {
     bf16* const low_tile = shared + Tile::kM * kGemmDepth;
     const unsigned lane = threadIdx.x % kWarpSize;
-    const unsigned warp_row = Tile::warp_row(), warp_col = Tile::warp_col();
+    const unsigned warp_row = Tile::warp_row(), warp_col = Tile::warp_col(), col = warp_col + lane % 4 * 2;
+    if (active) {
+        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) add.begin(warp_row + m * 16 + lane / 4, col);
+    }
     for (unsigned first = 0; first < rank; first += kGemmDepth) {
         narrow.copy(shared, first / kGemmDepth);
         copy_async_commit();
@@ -197,21 +198,21 @@ DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, const Narrow& 
         copy_async_wait<0>();
         __syncthreads();
         const unsigned left = rank - first, depth = left < kGemmDepth ? left : kGemmDepth;
-        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
-            if (!active) break;
-            const unsigned row = warp_row + m * 16, col = warp_col + lane % 4 * 2;
-            add.begin(row + lane / 4, col);
+        NO_UNROLL for (unsigned k = 0; k < depth && active; k += 16) {
+            uint32_t a_part[Tile::kFragmentsM][4];
+            UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m)
+                load_a<Tile, Narrow::kAlongRows>(a_part[m], shared, warp_row + m * 16, k);
             UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
-                float product[2][4] = {};
-                for (unsigned k = 0; k < depth; k += 16) {
-                    uint32_t a_part[4], b_first[2], b_second[2];
-                    load_a<Tile, Narrow::kAlongRows>(a_part, shared, row, k);
-                    load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, k);
-                    mma_16x8x16(product[0], a_part, b_first);
-                    mma_16x8x16(product[1], a_part, b_second);
+                uint32_t b_first[2], b_second[2];
+                load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, k);
+                UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
+                    float product[2][4] = {};
+                    mma_16x8x16(product[0], a_part[m], b_first);
+                    mma_16x8x16(product[1], a_part[m], b_second);
+                    const unsigned index = m * Tile::kFragmentsN + n;
+                    add(index, col + n * 8, sums[m][n], product[0]);
+                    add(index + 1, col + n * 8 + 8, sums[m][n + 1], product[1]);
                 }
-                add(n, col + n * 8, sums[m][n], product[0]);
-                add(n + 1, col + n * 8 + 8, sums[m][n + 1], product[1]);
             }
         }
         __syncthreads();

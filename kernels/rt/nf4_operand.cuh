@@ -56,10 +56,11 @@ struct Nf4Rows : Stage<kExtent, kAlongRowsOfIt> {
             nested_code = 0;
             return;
         }
-        const size_t element = static_cast<size_t>(row) * source.num_cols + col;
-        const Words4* const at = reinterpret_cast<const Words4*>(source.weight.codes + element / 2);
+        // In 32 bits: a weight has less than 2^38 elements.
+        const uint32_t block = row * (source.num_cols / NF4_BLOCKSIZE) + col / NF4_BLOCKSIZE;
+        const uint8_t* const block_codes = source.weight.codes + static_cast<size_t>(block) * (NF4_BLOCKSIZE / 2);
+        const Words4* const at = reinterpret_cast<const Words4*>(block_codes + col % NF4_BLOCKSIZE / 2);
         UNROLL for (unsigned i = 0; i < kPiece / 32; ++i) codes[i] = at[i];
-        const size_t block = element / NF4_BLOCKSIZE;
         if (source.weight.absmax) {
             scale = source.weight.absmax[block];
         } else {

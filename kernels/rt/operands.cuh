@@ -107,20 +107,35 @@ struct CopiedRows : Stage<kExtent, kAlongRowsOfIt> {
     METHOD CopiedRows(const Rows& matrix, unsigned first, const void* second_base = nullptr)
         : matrix(matrix), first(first), second_base(second_base) {}
 
+    // A turn: one part for each thread, consecutive rows.
+    static constexpr unsigned kRowsPerTurn = Tile::kThreads / (S::kCols / 8);
+    static_assert(kHalf % kRowsPerTurn == 0, "the rows of a turn are of one matrix");
+
     METHOD void copy(bf16* tile, unsigned step) const {
-        UNROLL for (unsigned i = 0; i < S::kParts / Tile::kThreads; ++i) {
-            const unsigned at = threadIdx.x + i * Tile::kThreads;
-            const unsigned row = at / (S::kCols / 8), part = at % (S::kCols / 8);
-            Rows from = matrix;
-            // Threads take consecutive rows: where kHalf is a multiple of those of one turn, this is the same for all of them.
-            constexpr unsigned kRowsPerTurn = Tile::kThreads / (S::kCols / 8);
-            if constexpr (kHalf != 0 && kHalf % kRowsPerTurn == 0) {
-                if (i * kRowsPerTurn / kHalf % 2 != 0) from.base = second_base;
-            } else {
-                if (Pairing<kHalf>::is_second(row)) from.base = second_base;
+        const unsigned tile_row = threadIdx.x / (S::kCols / 8), part = threadIdx.x % (S::kCols / 8);
+        const unsigned row = S::matrix_row(first, step, tile_row), col = S::matrix_col(first, step, part * 8);
+        if (!matrix.is_vectorised) {
+            NO_UNROLL for (unsigned i = 0; i < S::kRows / kRowsPerTurn; ++i) {
+                Rows from = matrix;
+                if (Pairing<kHalf>::is_second(i * kRowsPerTurn)) from.base = second_base;
+                bf16* const target = tile + tile_offset<S::kCols>(tile_row + i * kRowsPerTurn, part);
+                const unsigned from_row = row + Pairing<kHalf>::row(i * kRowsPerTurn);
+                *reinterpret_cast<Words4*>(target) = load_part_by_element(from, from_row, col);
             }
-            copy_part(tile + tile_offset<S::kCols>(row, part), from, S::matrix_row(first, step, Pairing<kHalf>::row(row)),
-                      S::matrix_col(first, step, part * 8));
+            return;
+        }
+        // One product for the thread's first part; the others lie at equal steps.
+        const size_t start = row * matrix.stride + col, turn = kRowsPerTurn * matrix.stride;
+        const unsigned rows = col < matrix.num_cols && row < matrix.num_rows ? matrix.num_rows - row : 0;
+        UNROLL for (unsigned i = 0; i < S::kRows / kRowsPerTurn; ++i) {
+            const unsigned rows_before = Pairing<kHalf>::row(i * kRowsPerTurn);
+            const bool valid = rows_before < rows;
+            const bool is_second = Pairing<kHalf>::is_second(i * kRowsPerTurn);
+            const bf16* const base = static_cast<const bf16*>(is_second ? second_base : matrix.base);
+            const size_t element = !matrix.index ? start + rows_before / kRowsPerTurn * turn
+                                   : valid       ? row_start(matrix, row + rows_before) + col
+                                                 : 0;
+            copy_async_16(tile + tile_offset<S::kCols>(tile_row + i * kRowsPerTurn, part), base + element, valid);
         }
     }
 };
@@ -270,7 +285,7 @@ struct LowRankTile : Stage<Tile::kN, kAlongRowsOfIt> {
         const unsigned left = (rank - step * kGemmDepth + 15) / 16 * 16;
         const unsigned depth = left < kGemmDepth ? left : kGemmDepth;
         const unsigned rows = S::kAlongRows ? depth : S::kRows, parts = (S::kAlongRows ? S::kCols : depth) / 8;
-        for (unsigned at = threadIdx.x; at < rows * parts; at += Tile::kThreads) {
+        NO_UNROLL for (unsigned at = threadIdx.x; at < rows * parts; at += Tile::kThreads) {
             const unsigned row = at / parts, part = at % parts;
             if (Pairing<kHalf>::is_second(row) != is_second) continue;
             const LowRankPart values = load_low_rank(matrix, S::matrix_row(first, step, Pairing<kHalf>::row(row)),

@@ -3,20 +3,90 @@
 pub mod cpu;
 pub mod gpu;
 
-use crate::config::Device;
+use crate::config::{Device, Env};
 use crate::error::{Error, Result};
 use crate::ops::Ops;
+
+/// A device that was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its ops.
+    pub ops: Box<dyn Ops>,
+    /// Which it is, and why, for a person.
+    pub note: String,
+}
 
 /// Opens the device a run asked for.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a device this build has no kernels for.
-pub fn open(device: Device) -> Result<Box<dyn Ops>> {
+/// [`Error::Unsupported`] for a device that is not there, or that this build has no kernels for.
+pub fn open(device: Device, env: &Env) -> Result<Opened> {
     match device {
-        Device::Auto | Device::Cpu => Ok(Box::new(cpu::Cpu::new())),
-        Device::Emu | Device::Cuda(_) => Err(Error::Unsupported {
-            what: "device `cuda` (and `emu`)".to_owned(),
-            why: "this build has no CUDA kernels; use `device: cpu` or `auto`".to_owned(),
+        Device::Cpu => Ok(open_cpu("")),
+        Device::Emu => open_emu(),
+        Device::Cuda(ordinal) => open_cuda(ordinal, env).map_err(|error| match error {
+            Error::Unsupported { what, why } => Error::Unsupported {
+                what,
+                why: format!("{why}; `device: cpu` does without"),
+            },
+            other => other,
         }),
+        Device::Auto => match open_cuda(0, env) {
+            Err(Error::Unsupported { why, .. }) => Ok(open_cpu(&format!(", as {why}"))),
+            opened => opened,
+        },
     }
+}
+
+fn open_cpu(why: &str) -> Opened {
+    Opened {
+        ops: Box::new(cpu::Cpu::new()),
+        note: format!("device: cpu{why}"),
+    }
+}
+
+#[cfg(kernels_emu)]
+fn open_emu() -> Result<Opened> {
+    use self::gpu::driver::emu::{Emu, Order};
+    let driver = std::sync::Arc::new(Emu::new(Order::Forward));
+    Ok(Opened {
+        ops: Box::new(gpu::Gpu::new(driver)?),
+        note: "device: emu, the CUDA kernels on the CPU (slow, for tests)".to_owned(),
+    })
+}
+
+#[cfg(not(kernels_emu))]
+fn open_emu() -> Result<Opened> {
+    Err(Error::Unsupported {
+        what: "device `emu`".to_owned(),
+        why: "this build is without the feature `emu`; build with it, or use `device: cpu`"
+            .to_owned(),
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize, env: &Env) -> Result<Opened> {
+    use self::gpu::driver::Driver as _;
+    let driver = gpu::driver::cuda::Cuda::open(ordinal, env.synchronous)?;
+    let info = driver.info();
+    let free = driver.free_memory()?.unwrap_or(0);
+    let (major, minor) = info.capability;
+    let note = format!(
+        "device: cuda:{ordinal}, {} (capability {major}.{minor}, {} multiprocessors, {:.1} GB free)",
+        info.name,
+        info.num_multiprocessors,
+        free as f64 / 1e9
+    );
+    Ok(Opened {
+        ops: Box::new(gpu::Gpu::new(std::sync::Arc::new(driver))?),
+        note,
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_: usize, _: &Env) -> Result<Opened> {
+    Err(Error::Unsupported {
+        what: "device `cuda`".to_owned(),
+        why: "this build is without the feature `cuda`".to_owned(),
+    })
 }

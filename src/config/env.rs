@@ -9,6 +9,8 @@ pub struct Env {
     pub hub_cache: Option<PathBuf>,
     /// `BRIGHTRUN_KILL_AT_WRITE`: for fault tests; end the process before this many-th durable file operation (from 1).
     pub kill_at_write: Option<u64>,
+    /// `BRIGHTRUN_SYNC`, unless empty or 0: wait for every launch, so that a fault of a GPU names its kernel.
+    pub synchronous: bool,
 }
 
 impl Env {
@@ -25,6 +27,7 @@ impl Env {
         Self {
             hub_cache: path("HF_HUB_CACHE").or_else(hub),
             kill_at_write: kill_at_write.and_then(|text| text.parse().ok()),
+            synchronous: path("BRIGHTRUN_SYNC").is_some_and(|value| value.as_os_str() != "0"),
         }
     }
 }

@@ -53,7 +53,7 @@ fn calls() -> Vec<Call> {
         call([256, 2, 1], None, &[20, 45]),
         call([256, 1, 1], Some(5), &[70, 61]),
         call([32, 1, 1], Some(24), &[130, 100]),
-        strong(call([64, 8, 1], None, &[3, 50, 1, 76])),
+        strong(call([32, 8, 1], None, &[3, 50, 1, 76])),
         strong(call([16, 1, 1], None, &[300])),
     ]
 }

@@ -608,6 +608,9 @@ fn calls() -> Vec<Call> {
         )
         .dropout(0.1, true),
         call(&[127], 260, 72, &one(Dense, 16, 17)),
+        // A capacity of a wide tile for each multiprocessor.
+        call(&[65], 132 * 128, 64, &one(Nested, 200, 16)).dropout(0.1, true),
+        call(&[2], 132 * 128, 40, &one(Dense, 33, 4)),
     ]
 }
 
@@ -635,6 +638,7 @@ pub(super) fn cases() -> Vec<Case> {
         swiglu_case(call(&[7], 9, 128, &pair([Nested, Dense], 67, [8, 8]))),
         swiglu_case(call(&[10, 121], 257, 64, &pair([Plain, Plain], 72, [5, 16]))),
         swiglu_case(call(&[3], 300, 32, &pair([Nested, Nested], 129, [2, 2]))),
+        swiglu_case(call(&[66], 132 * 128, 64, &pair([Nested, Nested], 97, [8, 3]))),
     ];
     forward.chain(backward).chain(more).collect()
 }

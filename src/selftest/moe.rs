@@ -395,10 +395,7 @@ fn down_backward(shape: Shape) -> Case {
         )?;
         Ok(Outputs::new()
             .activation("d_h", stage.read_rows(&d_h, shape.routed())?)
-            .f32(
-                "d_topk_weights",
-                stage.read_rows(&d_weights, shape.tokens)?,
-            )
+            .f32("d_topk_weights", stage.read_rows(&d_weights, shape.tokens)?)
             .f32("d_lora", stage.read(&d_lora)?))
     };
     let oracle = move || shape.oracle(exact).down_backward();
@@ -448,16 +445,15 @@ pub(super) fn cases() -> Vec<Case> {
             arena_start: 3,
             ..plain
         },
-        // Tiles of 128 rows, all but one row on one expert; ranks above a stage.
+        // Tiles of 128 rows, all on one of two experts; more ranks than a stage is deep.
         Shape {
             tokens: 129,
             capacity: 513,
             num_experts: 2,
             used_experts: 1,
-            hidden: 64,
-            width: 192,
+            width: 128,
             held: Held::NestedNf4,
-            ranks: [8, 0, 72],
+            ranks: [8, 0, 68],
             dropout: 0.25,
             ..plain
         },
@@ -479,12 +475,12 @@ pub(super) fn cases() -> Vec<Case> {
             num_experts: 1,
             used_experts: 1,
             hidden: 136,
-            width: 72,
-            ranks: [0, 0, 8],
+            width: 136,
+            ranks: [8, 0, 8],
             ..plain
         },
     ];
-    let wanted = [Wanted::Overwrite, Wanted::Add, Wanted::Skip];
+    let wanted = [Wanted::Skip, Wanted::Add, Wanted::Overwrite];
     let mut cases = Vec::new();
     for (number, shape) in shapes.into_iter().enumerate() {
         cases.push(gate_up_forward(shape));

@@ -59,7 +59,7 @@ fn calls() -> Vec<Call> {
         call([16, 4], [2, 1], Some(true), true, &[1]),
         call([16, 16], [3, 1], None, false, &[7]),
         call([48, 24], [4, 2], Some(false), false, &[5, 2]),
-        call([64, 64], [8, 2], Some(false), false, &[40, 25]),
+        call([64, 64], [8, 2], Some(false), false, &[20, 13]),
         call([80, 80], [2, 2], None, false, &[3, 4]),
         call([128, 128], [5, 1], Some(false), true, &[9]),
         call([256, 64], [4, 1], Some(true), true, &[6, 7]),

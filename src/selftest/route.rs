@@ -82,9 +82,8 @@ fn forward(shape: Shape) -> Case {
         let mut routing = shape.routing(stage)?;
         stage.ops.moe_route_forward(&mut routing, &logits, &state)?;
         let slots = shape.tokens * shape.top_k;
-        let beyond = |tensor, len| -> Result<Vec<u32>> {
-            Ok(stage.read_u32(tensor, len)?.split_off(slots))
-        };
+        let beyond =
+            |tensor, len| -> Result<Vec<u32>> { Ok(stage.read_u32(tensor, len)?.split_off(slots)) };
         let all = shape.capacity * shape.top_k;
         let mut untouched = beyond(&routing.slot_of_row, all)?;
         untouched.extend(beyond(&routing.row_of_slot, all)?);

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::export::{Adapter, PeftVersion, adapter};
 use crate::model::adapter::AdapterSettings;
 use crate::model::weights::{self, Placed};
+use crate::ops::Ops;
 use crate::store::quantized::{QuantizePolicy, QuantizedStore};
 use crate::tensor::DType;
 
@@ -53,7 +54,9 @@ pub fn run(
     observer: &mut dyn Observer,
     stop: &StopFlag,
 ) -> Result<Outcome> {
+    let device = crate::backend::open(config.device, env)?;
     let prepared = Prepared::new(config, env)?;
+    observer.event(&Event::Note { text: device.note });
     for text in &prepared.warnings {
         observer.event(&Event::Warning { text: text.clone() });
     }
@@ -63,7 +66,7 @@ pub fn run(
     let files = Durable::new(env.kill_at_write);
     fs::create_dir_all(&config.output_dir)?;
     let _lock = lock(&config.output_dir)?;
-    let trainer = load(config, &prepared, observer)?;
+    let trainer = load(config, device.ops, &prepared, observer)?;
     let mut run = Run::new(config, prepared, trainer, files, observer)?;
     run.train(stop)
 }
@@ -86,8 +89,12 @@ fn lock(output_dir: &Path) -> Result<fs::File> {
 }
 
 /// Reads the weights and builds the trainer, its adapter at its initial values.
-fn load(config: &TrainConfig, prepared: &Prepared, observer: &mut dyn Observer) -> Result<Trainer> {
-    let ops = crate::backend::open(config.device)?;
+fn load(
+    config: &TrainConfig,
+    ops: Box<dyn Ops>,
+    prepared: &Prepared,
+    observer: &mut dyn Observer,
+) -> Result<Trainer> {
     if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
         let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
         return Err(Error::Config {

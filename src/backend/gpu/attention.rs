@@ -83,8 +83,14 @@ impl Kernels {
 
     fn forward_grid(&self, extents: &Extents) -> Grid {
         let tiles = extents.capacity.div_ceil(ATTENTION_QUERIES);
+        // Where two warps share rows: their P in bf16, and a number of each warp and row.
+        let exchange = if self.forward.threads == ATTENTION_WIDE_THREADS {
+            ATTENTION_QUERIES * (ATTENTION_KEYS + ATTENTION_PADDING) * 2 + 2 * ATTENTION_QUERIES * 4
+        } else {
+            0
+        };
         Grid::plane(extents.num_attention_heads, tiles)
-            .with_shared(self.row_bytes(ATTENTION_QUERIES + 2 * ATTENTION_KEYS))
+            .with_shared(self.row_bytes(ATTENTION_QUERIES + 2 * ATTENTION_KEYS) + exchange)
     }
 
     fn backward_grid(&self, extents: &Extents, heads: u32) -> Grid {

@@ -5,7 +5,8 @@ use super::lora::{self, AlignedRows, GradInputs, LoraArena, Modules};
 use super::params::{
     LINEAR_MAX_PROJECTIONS, LINEAR_SHARED_DENSE, LINEAR_SHARED_NF4, LINEAR_SMALL_ROWS,
     LINEAR_SMALL_SHARED_DENSE, LINEAR_SMALL_SHARED_NF4, LINEAR_SMALL_TILE, LINEAR_THREADS,
-    LINEAR_TILE, LinearAlignParams, LinearParams, LinearProjection, NF4_ELEMENTS_PER_BLOCK,
+    LINEAR_TILE, LINEAR_WIDE_COLS, LINEAR_WIDE_SHARED_DENSE, LINEAR_WIDE_SHARED_NF4,
+    LINEAR_WIDE_THREADS, LinearAlignParams, LinearParams, LinearProjection, NF4_ELEMENTS_PER_BLOCK,
     NF4_THREADS, Nf4DequantizeParams, Nf4Weight,
 };
 use super::scratch::Frame;
@@ -16,25 +17,63 @@ use crate::store::Weight;
 use crate::store::nf4::{Absmax, BLOCKSIZE, Nf4Matrix};
 use crate::tensor::{DType, Tensor};
 
-/// A kernel for large and for small capacities.
+/// A kernel's names at the three sizes of tile.
 #[derive(Debug, Clone, Copy)]
-struct Sized {
-    large: &'static str,
+struct Kernels {
+    wide: &'static str,
+    plain: &'static str,
     small: &'static str,
 }
 
-const FORWARD: Sized = Sized {
-    large: "linear_forward",
+const FORWARD: Kernels = Kernels {
+    wide: "linear_forward_wide",
+    plain: "linear_forward",
     small: "linear_forward_small",
 };
-const SWIGLU_FORWARD: Sized = Sized {
-    large: "linear_swiglu_forward",
+const SWIGLU_FORWARD: Kernels = Kernels {
+    wide: "linear_swiglu_forward_wide",
+    plain: "linear_swiglu_forward",
     small: "linear_swiglu_forward_small",
 };
-const BACKWARD_INPUT: Sized = Sized {
-    large: "linear_backward_input",
+const BACKWARD_INPUT: Kernels = Kernels {
+    wide: "linear_backward_input_wide",
+    plain: "linear_backward_input",
     small: "linear_backward_input_small",
 };
+
+/// What a block makes.
+#[derive(Debug, Clone, Copy)]
+struct Tile {
+    rows: u32,
+    cols: u32,
+    threads: u32,
+    /// Dynamic shared memory where all weights are NF4, and where some are dense.
+    shared_bytes: [u32; 2],
+    name: fn(Kernels) -> &'static str,
+}
+
+const WIDE: Tile = Tile {
+    rows: LINEAR_TILE,
+    cols: LINEAR_WIDE_COLS,
+    threads: LINEAR_WIDE_THREADS,
+    shared_bytes: [LINEAR_WIDE_SHARED_NF4, LINEAR_WIDE_SHARED_DENSE],
+    name: |kernels| kernels.wide,
+};
+const PLAIN: Tile = Tile {
+    rows: LINEAR_TILE,
+    cols: LINEAR_TILE,
+    threads: LINEAR_THREADS,
+    shared_bytes: [LINEAR_SHARED_NF4, LINEAR_SHARED_DENSE],
+    name: |kernels| kernels.plain,
+};
+const SMALL: Tile = Tile {
+    rows: LINEAR_SMALL_TILE,
+    cols: LINEAR_SMALL_TILE,
+    threads: LINEAR_THREADS,
+    shared_bytes: [LINEAR_SMALL_SHARED_NF4, LINEAR_SMALL_SHARED_DENSE],
+    name: |kernels| kernels.small,
+};
+
 const ALIGN: Kernel = Kernel {
     name: "linear_align",
     threads: LINEAR_THREADS,
@@ -196,41 +235,42 @@ impl Call {
         Ok(projection)
     }
 
-    /// Rows and columns of a tile.
-    fn tile(&self) -> u32 {
-        if self.is_small() {
-            LINEAR_SMALL_TILE
+    /// The tile for results of these widths: the wide one where it fits into shared memory (not into the 99 KB of GPUs
+    /// for desktops) and there is one for each multiprocessor.
+    fn tile(&self, gpu: &Gpu, widths: &[usize]) -> Tile {
+        if self.capacity <= LINEAR_SMALL_ROWS as usize {
+            return SMALL;
+        }
+        let info = gpu.driver().info();
+        let is_desktop = matches!(info.capability, (8, 6 | 9) | (12, _));
+        let cols = |width: &usize| width.div_ceil(WIDE.cols as usize);
+        let tiles =
+            self.capacity.div_ceil(WIDE.rows as usize) * widths.iter().map(cols).sum::<usize>();
+        if is_desktop || tiles < info.num_multiprocessors as usize {
+            PLAIN
         } else {
-            LINEAR_TILE
+            WIDE
         }
     }
 
-    fn is_small(&self) -> bool {
-        self.capacity <= LINEAR_SMALL_ROWS as usize
-    }
-
-    /// Launches `kernel` on row tiles by `params.col_tiles` tiles.
-    fn launch(&self, gpu: &Gpu, kernel: Sized, mut params: LinearParams) -> Result<()> {
+    /// Launches `kernels` on row tiles by `params.col_tiles` tiles.
+    fn launch(
+        &self,
+        gpu: &Gpu,
+        kernels: Kernels,
+        tile: Tile,
+        mut params: LinearParams,
+    ) -> Result<()> {
         let projections = &params.projections[..params.num_projections as usize];
         let has_dense = projections.iter().any(|projection| projection.dense != 0);
-        let dynamic_shared_bytes = match (self.is_small(), has_dense) {
-            (false, false) => LINEAR_SHARED_NF4,
-            (false, true) => LINEAR_SHARED_DENSE,
-            (true, false) => LINEAR_SMALL_SHARED_NF4,
-            (true, true) => LINEAR_SMALL_SHARED_DENSE,
-        };
         let kernel = Kernel {
-            name: if self.is_small() {
-                kernel.small
-            } else {
-                kernel.large
-            },
-            threads: LINEAR_THREADS,
+            name: (tile.name)(kernels),
+            threads: tile.threads,
         };
-        params.row_tiles = check::to_u32(self.op, "capacity", self.capacity)?.div_ceil(self.tile());
+        params.row_tiles = check::to_u32(self.op, "capacity", self.capacity)?.div_ceil(tile.rows);
         let blocks = params.row_tiles as usize * params.col_tiles as usize;
         let grid = Grid {
-            dynamic_shared_bytes,
+            dynamic_shared_bytes: tile.shared_bytes[usize::from(has_dense)],
             ..Grid::line(check::to_u32(self.op, "tiles", blocks)?)
         };
         gpu.launch(kernel, grid, &params)
@@ -249,6 +289,8 @@ pub(super) fn forward(
     let call = Call::new("linear_forward", x, xa, linears, lora)?;
     let mut frame = gpu.scratch.frame();
     let mut params = call.params(gpu, call.xa)?;
+    let widths: Vec<usize> = linears.iter().map(|linear| linear.out_features).collect();
+    let tile = call.tile(gpu, &widths);
     for (index, (out, linear)) in outs.iter().zip(linears).enumerate() {
         let mut projection = call.projection(gpu, &mut frame, linear, index, false)?;
         let dtype = if linear.f32_output {
@@ -259,7 +301,7 @@ pub(super) fn forward(
         projection.out = call.rows(out, dtype, linear.out_features)?;
         projection.out_is_f32 = u32::from(linear.f32_output);
         projection.first_tile = params.col_tiles;
-        params.col_tiles += projection.out_features.div_ceil(call.tile());
+        params.col_tiles += projection.out_features.div_ceil(tile.cols);
         params.projections[index] = projection;
         params.num_projections += 1;
     }
@@ -272,7 +314,7 @@ pub(super) fn forward(
         &call.arena,
         call.capacity,
     )?;
-    call.launch(gpu, FORWARD, params)
+    call.launch(gpu, FORWARD, tile, params)
 }
 
 #[expect(clippy::too_many_arguments, reason = "the op's own list")]
@@ -310,9 +352,9 @@ pub(super) fn swiglu_forward(
     }
     params.h = call.rows(h, DType::Bf16, width)?;
     params.num_projections = 2;
-    params.col_tiles = params.projections[0]
-        .out_features
-        .div_ceil(call.tile() / 2);
+    // A tile holds as many columns of gate as of up.
+    let tile = call.tile(gpu, &[2 * width]);
+    params.col_tiles = params.projections[0].out_features.div_ceil(tile.cols / 2);
     lora::forward(
         gpu,
         call.op,
@@ -322,7 +364,7 @@ pub(super) fn swiglu_forward(
         &call.arena,
         call.capacity,
     )?;
-    call.launch(gpu, SWIGLU_FORWARD, params)
+    call.launch(gpu, SWIGLU_FORWARD, tile, params)
 }
 
 /// `d_out` as the kernels read it: as it is, or copied to `frame` if it is f32 or its rows begin off a 16-byte border.
@@ -409,8 +451,9 @@ pub(super) fn backward(
         }
         params.d_x = call.rows(d_x, DType::Bf16, call.in_features)?;
         params.accumulate = accumulate;
-        params.col_tiles = params.in_features.div_ceil(call.tile());
-        call.launch(gpu, BACKWARD_INPUT, params)?;
+        let tile = call.tile(gpu, &[call.in_features]);
+        params.col_tiles = params.in_features.div_ceil(tile.cols);
+        call.launch(gpu, BACKWARD_INPUT, tile, params)?;
     }
     let d_lora = LoraArena::new(call.op, d_lora)?;
     // The same places as in the adapter's own arena.

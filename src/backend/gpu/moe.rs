@@ -1,15 +1,15 @@
 //! The routed experts: grouped products with their adapters: launchers.
 
+mod adapters;
 mod operands;
 
+use self::adapters::{LORA_PROJECT, LORA_PROJECT_BACKWARD};
 use self::operands::{ExpertWeights, Routed, arena};
 use super::driver::{Grid, Kernel};
 use super::params::{
-    MOE_COMBINE_THREADS, MOE_LORA_GRAD_COLS, MOE_LORA_GRAD_SHARED, MOE_LORA_RANKS,
-    MOE_LORA_THREADS, MOE_PARTS_PER_TILE, MOE_SHARED_DENSE, MOE_SHARED_NF4,
+    MOE_COMBINE_THREADS, MOE_PARTS_PER_TILE, MOE_SHARED_DENSE, MOE_SHARED_NF4,
     MOE_SMALL_SHARED_DENSE, MOE_SMALL_SHARED_NF4, MOE_THREADS, MOE_TILE_COLS, MoeCombineParams,
-    MoeForwardParams, MoeInputGradParams, MoeLoraGradJob, MoeLoraGradsParams, MoeLoraProjectJob,
-    MoeLoraProjectParams, MoeProjection, MoeWeightGradsParams, SWIGLU_THREADS,
+    MoeForwardParams, MoeInputGradParams, MoeProjection, MoeWeightGradsParams, SWIGLU_THREADS,
     SwigluBackwardParams,
 };
 use super::scratch::Frame;
@@ -36,9 +36,6 @@ const INPUT_GRAD: [Kernel; 2] = [
 ];
 const COMBINE: Kernel = kernel("moe_combine", MOE_COMBINE_THREADS);
 const WEIGHT_GRADS: Kernel = kernel("moe_weight_grads", MOE_COMBINE_THREADS);
-const LORA_PROJECT: Kernel = kernel("moe_lora_project", MOE_LORA_THREADS);
-const LORA_PROJECT_BACKWARD: Kernel = kernel("moe_lora_project_backward", MOE_LORA_THREADS);
-const LORA_GRADS: Kernel = kernel("moe_lora_grads", MOE_LORA_THREADS);
 const SWIGLU_BACKWARD: Kernel = kernel("swiglu_backward", SWIGLU_THREADS);
 
 /// What every op over experts works with.
@@ -49,14 +46,6 @@ struct Call<'a> {
     experts: &'a Experts,
     /// Arena of the adapters, and whether it is bf16.
     lora: (u64, u32),
-}
-
-/// What one projection reads, or the gradient of what it gives: `[T, width]` or `[R, width]`.
-#[derive(Clone, Copy)]
-struct Wide {
-    address: u64,
-    width: u32,
-    is_gathered: bool,
 }
 
 impl<'a> Call<'a> {
@@ -153,92 +142,6 @@ impl<'a> Call<'a> {
         self.gpu.launch(kernel, grid, params)
     }
 
-    /// `kernel` makes `xa` of the given projections from what they read, or `d_xa` from the gradients of what they give.
-    fn project(
-        &self,
-        xa: u64,
-        xa_width: usize,
-        projections: &[MoeProjection],
-        wides: &[Wide],
-        kernel: Kernel,
-    ) -> Result<()> {
-        let mut params = MoeLoraProjectParams {
-            rows: self.routed.rows,
-            xa,
-            lora: self.lora.0,
-            xa_width: self.u32("rank", xa_width)?,
-            lora_is_bf16: self.lora.1,
-            ..MoeLoraProjectParams::default()
-        };
-        let (mut num_jobs, mut max_rank) = (0, 0);
-        for (projection, wide) in projections.iter().zip(wides) {
-            let rank = projection.expert0.lora.rank;
-            if rank == 0 {
-                continue;
-            }
-            params.jobs[num_jobs] = MoeLoraProjectJob {
-                projection: *projection,
-                rows: wide.address,
-                num_cols: wide.width,
-                is_gathered: u32::from(wide.is_gathered),
-            };
-            num_jobs += 1;
-            max_rank = rank.max(max_rank);
-        }
-        let rank_blocks = max_rank.div_ceil(MOE_LORA_RANKS);
-        let jobs = self.u32("modules", num_jobs)?;
-        let grid = Grid::volume(jobs, self.routed.max_tiles, rank_blocks);
-        self.gpu.launch(kernel, grid, &params)
-    }
-
-    /// Adds the gradients of the adapters of `projections`: `xs` is what they read, `d_outs` the gradient of what they give,
-    /// each row times its weight where `topk_weights` is not 0.
-    fn grads(
-        &self,
-        d_lora: &Tensor,
-        [xa, d_xa]: [u64; 2],
-        xa_width: usize,
-        projections: &[MoeProjection],
-        wides: &[[Wide; 2]],
-        topk_weights: u64,
-    ) -> Result<()> {
-        let (d_lora, d_lora_is_bf16) = arena(self.op, d_lora)?;
-        let mut params = MoeLoraGradsParams {
-            rows: self.routed.rows,
-            d_lora,
-            topk_weights,
-            xa_width: self.u32("rank", xa_width)?,
-            d_lora_is_bf16,
-            ..MoeLoraGradsParams::default()
-        };
-        let (mut num_jobs, mut num_tiles, mut max_rank) = (0, 0, 0);
-        for (projection, [x, d_out]) in projections.iter().zip(wides) {
-            let rank = projection.expert0.lora.rank;
-            if rank == 0 {
-                continue;
-            }
-            for (narrow, wide, is_b) in [(d_xa, x, 0), (xa, d_out, 1)] {
-                params.jobs[num_jobs] = MoeLoraGradJob {
-                    projection: *projection,
-                    narrow,
-                    wide: wide.address,
-                    num_cols: wide.width,
-                    is_gathered: u32::from(wide.is_gathered),
-                    is_b,
-                    first_tile: num_tiles,
-                };
-                num_jobs += 1;
-                num_tiles += wide.width.div_ceil(MOE_LORA_GRAD_COLS);
-            }
-            max_rank = rank.max(max_rank);
-        }
-        params.num_jobs = self.u32("modules", num_jobs)?;
-        let rank_blocks = max_rank.div_ceil(MOE_LORA_RANKS);
-        let grid = Grid::volume(num_tiles, self.routed.num_experts, rank_blocks);
-        let grid = grid.with_shared(MOE_LORA_GRAD_SHARED);
-        self.gpu.launch(LORA_GRADS, grid, &params)
-    }
-
     /// `out[t] (+)= sum_j weight rows[row(t, j)]`.
     fn combine(&self, out: u64, rows: u64, topk_weights: u64, accumulate: bool) -> Result<()> {
         let tokens = self.routed.capacity / self.routed.top_k as usize;
@@ -255,19 +158,6 @@ impl<'a> Call<'a> {
         };
         let grid = Grid::line(self.u32("capacity", tokens)?);
         self.gpu.launch(COMBINE, grid, &params)
-    }
-
-    fn wide(&self, address: u64, width: usize, is_gathered: bool) -> Result<Wide> {
-        Ok(Wide {
-            address,
-            width: self.u32("width", width)?,
-            is_gathered,
-        })
-    }
-
-    /// Scratch for `d_xa`.
-    fn d_xa(&self, frame: &mut Frame<'_>, xa_width: usize) -> Result<u64> {
-        frame.take("d_xa", self.routed.capacity * xa_width * DType::Bf16.size())
     }
 }
 
@@ -447,7 +337,14 @@ pub(super) fn down_backward(
     let (read, given) = (call.wide(h, width, false)?, call.wide(d_out, hidden, true)?);
     call.project(d_xa, xa_width, &[down], &[given], LORA_PROJECT_BACKWARD)?;
     let weights = call.routed.topk_weights;
-    call.grads(d_lora, [xa, d_xa], xa_width, &[down], &[[read, given]], weights)?;
+    call.grads(
+        d_lora,
+        [xa, d_xa],
+        xa_width,
+        &[down],
+        &[[read, given]],
+        weights,
+    )?;
     let tiles = width.div_ceil(MOE_TILE_COLS as usize);
     let num_parts = tiles * MOE_PARTS_PER_TILE as usize;
     let partial = call.routed.capacity * num_parts * DType::F32.size();

@@ -39,7 +39,11 @@ fn extents(op: &'static str, routing: &Routing, logits: &Tensor) -> Result<(Exte
         num_experts: check::to_u32(op, "num_experts", routing.num_experts)?,
         top_k: check::to_u32(op, "num_experts_per_tok", routing.num_experts_per_tok)?,
     };
-    check::to_u32(op, "routed rows", logits.capacity * routing.num_experts_per_tok)?;
+    check::to_u32(
+        op,
+        "routed rows",
+        logits.capacity * routing.num_experts_per_tok,
+    )?;
     let fits = extents.num_experts <= MOE_ROUTE_MAX_EXPERTS;
     if fits && (1..=extents.num_experts).contains(&extents.top_k) {
         return Ok((extents, logits.address));

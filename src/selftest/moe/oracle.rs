@@ -101,8 +101,8 @@ impl Projection {
     fn d_x(&self, d_out: &[f64], d_xa: &[f64], token: usize) -> Vec<f64> {
         (0..self.in_features)
             .map(|k| {
-                let column =
-                    (0..self.out_features).map(|n| d_out[n] * self.weight[n * self.in_features + k]);
+                let column = (0..self.out_features)
+                    .map(|n| d_out[n] * self.weight[n * self.in_features + k]);
                 let low = (0..self.rank()).map(|r| d_xa[r] * self.a[r * self.in_features + k]);
                 column.sum::<f64>() + self.mask(token, k) * low.sum::<f64>()
             })

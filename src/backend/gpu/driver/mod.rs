@@ -1,5 +1,7 @@
 //! What a device must do: memory, launches, recordings.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(kernels_emu)]
 pub mod emu;
 

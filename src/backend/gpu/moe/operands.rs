@@ -26,6 +26,9 @@ const DEQUANTIZE: Kernel = Kernel {
 /// Rows per expert from which tiles of 128 rows waste less on their last one than tiles of 64 do on unpacking weights twice.
 const ROWS_FOR_LARGE_TILES: usize = 256;
 
+/// Blocks a grid may have along its second axis.
+const MAX_GRID_ROWS: u32 = 65_535;
+
 /// Routed rows as kernels take them, with addresses of the routing.
 pub(super) struct Routed {
     pub(super) rows: MoeRows,
@@ -60,17 +63,19 @@ impl Routed {
         };
         let num_experts = check::to_u32(op, "num_experts", experts)?;
         let max_tiles = num_rows.div_ceil(tile_rows) + num_experts;
+        if max_tiles > MAX_GRID_ROWS {
+            return Err(Error::Unsupported {
+                what: format!("{op} with {capacity} routed rows"),
+                why: "a grid has no room for their tiles; use fewer tokens per micro-batch"
+                    .to_owned(),
+            });
+        }
         let tiles = frame.take("tiles", max_tiles as usize * size_of::<MoeTile>())?;
         let params = MoeTilesParams {
             tiles,
             num_tiles: frame.take("num_tiles", size_of::<u32>())?,
             token_of_row: frame.take("token_of_row", capacity * size_of::<u32>())?,
-            expert_offsets: check::exact(
-                op,
-                &routing.expert_offsets,
-                DType::U32,
-                &[experts + 1],
-            )?,
+            expert_offsets: check::exact(op, &routing.expert_offsets, DType::U32, &[experts + 1])?,
             slot_of_row: check::exact(op, &routing.slot_of_row, DType::U32, &[capacity])?,
             num_experts,
             num_experts_per_tok: check::to_u32(op, "num_experts_per_tok", k)?,
@@ -124,7 +129,10 @@ impl Routed {
 pub(super) fn arena(op: &'static str, lora: &Tensor) -> Result<(u64, u32)> {
     let is_bf16 = lora.dtype() == DType::Bf16;
     let dtype = if is_bf16 { DType::Bf16 } else { DType::F32 };
-    Ok((check::exact(op, lora, dtype, lora.shape())?, u32::from(is_bf16)))
+    Ok((
+        check::exact(op, lora, dtype, lora.shape())?,
+        u32::from(is_bf16),
+    ))
 }
 
 /// A pair as kernels take it; without one, rank 0.
@@ -170,7 +178,9 @@ fn stride(
 ) -> Result<(u64, u64)> {
     let addresses = addresses.collect::<Result<Vec<_>>>()?;
     let first = addresses.first().copied().unwrap_or(0);
-    let step = addresses.get(1).map_or(0, |second| second.wrapping_sub(first));
+    let step = addresses
+        .get(1)
+        .map_or(0, |second| second.wrapping_sub(first));
     let expected = |index: usize| first.wrapping_add(step.wrapping_mul(index as u64));
     let is_even = |(index, address): (usize, &u64)| *address == expected(index);
     if addresses.iter().enumerate().all(is_even) {
@@ -222,12 +232,7 @@ impl ExpertWeights<'_> {
         Ok(())
     }
 
-    fn nf4(
-        &self,
-        gpu: &Gpu,
-        frame: &mut Frame<'_>,
-        projection: &mut MoeProjection,
-    ) -> Result<()> {
+    fn nf4(&self, gpu: &Gpu, frame: &mut Frame<'_>, projection: &mut MoeProjection) -> Result<()> {
         let matrices = self.weights.iter().map(|weight| match weight {
             Weight::Nf4(matrix) => self.check(matrix).map(|()| matrix),
             Weight::Dense(_) => Err(self.mixed()),
