@@ -136,8 +136,7 @@ impl Inputs {
 }
 
 fn forward_case(label: &str, shape: &Shape) -> Case {
-    let inputs = |shape: &Shape| Inputs::new(shape);
-    let [run, oracle, naive] = [inputs(shape), inputs(shape), inputs(shape)];
+    let [run, oracle, naive] = [(); 3].map(|()| Inputs::new(shape));
     Case::new(
         "gated_delta_forward",
         label,
@@ -148,8 +147,7 @@ fn forward_case(label: &str, shape: &Shape) -> Case {
 }
 
 fn backward_case(label: &str, shape: &Shape) -> Case {
-    let inputs = |shape: &Shape| Inputs::new(shape);
-    let [run, oracle, naive] = [inputs(shape), inputs(shape), inputs(shape)];
+    let [run, oracle, naive] = [(); 3].map(|()| Inputs::new(shape));
     Case::new(
         "gated_delta_backward",
         label,
