@@ -2,9 +2,10 @@
 // backward: d_c = d_u sigma(c) (1 + c (1 - sigma(c))), d_x_t = sum_j w_j d_c_{t + taps - 1 - j}; c is computed again.
 //
 // x is a column of qkvz, which lies grouped by key head: see column_of. u, d_u [T, C], qkvz, d_qkvz [T, W] bf16; weight f32.
-// grid (ceil(C / 1024), ceil(R / 32)), block 128: a thread has 8 channels and walks 32 tokens, with the tokens before (backward: the
-// gradients of the tokens before that are not complete yet) in registers. R the capacity in tokens. No shared memory.
-// Rows are loaded four at a time, before the first of them is worked on: enough bytes under way to fill the memory's pipe.
+// grid (ceil(C / 1024), ceil(R / 32)), block 128: a thread has 8 channels and walks 32 tokens, with the tokens before
+// (backward: the gradients of the tokens before that are not complete yet) in registers. R the capacity in tokens. No shared
+// memory. Rows are loaded four at a time, before the first of them is worked on: enough bytes under way to fill the memory's
+// pipe.
 // Numerics: f32, sums in the order of the taps, rounded once: deterministic.
 // Preconditions (the launcher checks): dk and dv multiples of 8, taps 2 to 8.
 // Cost: 4 B per element forward (and 1/10 more at the borders of 32 tokens), 6 B backward; memory bound.

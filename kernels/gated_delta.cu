@@ -1,14 +1,16 @@
 // gated_delta_prepare: what the chunks of the gated delta rule need before the state is known. Per chunk and value head:
 //   gamma = cumulative sum of g;  L = tril_{-1}(diag(beta) Kh Kh^T) o D, D_ij = e^(gamma_i - gamma_j);  Ti = (I + L)^-1
-//   W = Ti diag(beta e^gamma) Kh,  U = Ti diag(beta) V,  scores P = s tril(Qh Kh^T) o D;  Qh, Kh with unit rows, s = 1 / sqrt(dk)
+//   W = Ti diag(beta e^gamma) Kh,  U = Ti diag(beta) V,  P = s tril(Qh Kh^T) o D;  Qh, Kh with unit rows, s = 1 / sqrt(dk)
 //
 // u bf16, g and beta f32 in; gamma, q_rstd, k_rstd f32, W, U, P and, for backward, Ti bf16 out: see gated_delta.h.
-// grid (ceil(R / 64), Hv), block 128: a block does the chunks that begin in its 64 rows (mostly one), a warp 16 rows of a chunk. 72 KB
-// of shared memory at head size 128: K, V, Q and then L with Ti in place (f32), Ti diag(beta ..) for W and for U.
-// Numerics: products of bf16 with f32 accumulation; gamma, L and the inverse in f32 (a thread substitutes a column); what scales
-// columns of Ti (beta, e^gamma, 1 / |k|) is multiplied in before its one rounding, so K and V enter as stored. Deterministic.
+// grid (ceil(R / 64), Hv), block 128: a block does the chunks that begin in its 64 rows (mostly one), a warp 16 rows of a
+// chunk. 72 KB of shared memory at head size 128: K, V, Q and then L with Ti in place (f32), Ti diag(beta ..) for W and for U.
+// Numerics: products of bf16 with f32 accumulation; gamma, L and the inverse in f32 (a thread substitutes a column); what
+// scales columns of Ti (beta, e^gamma, 1 / |k|) is multiplied in before its one rounding, so K and V enter as stored.
+// Deterministic.
 // Preconditions (the launcher checks): dk and dv multiples of 16 up to 128, R the capacity of all tensors.
-// Cost per chunk and head at 128: 6.3 MFLOP, 32 KB read (Q and K once for the value heads of a key head), 40 KB written; memory bound. docs/kernels/gated_delta.md.
+// Cost per chunk and head at 128: 6.3 MFLOP, 32 KB read (Q and K once for the value heads of a key head), 40 KB written; memory
+// bound. docs/kernels/gated_delta.md.
 // Reference: src/backend/cpu/gated_delta.rs; docs/math/gated_delta.md. Yang et al. 2024, Gated Delta Networks.
 #include "rt/delta.cuh"
 
@@ -121,7 +123,8 @@ struct PrepareShared {
 
 // The warp's 16 rows of the scores, to scratch.
 template <unsigned kDim>
-DEVICE void write_scores(const GatedDeltaParams& p, const PrepareShared<kDim>& s, unsigned head, const Chunk& chunk, unsigned row) {
+DEVICE void write_scores(const GatedDeltaParams& p, const PrepareShared<kDim>& s, unsigned head, const Chunk& chunk,
+                         unsigned row) {
     constexpr unsigned kRow = kDim + kTilePadding;
     if (row >= chunk.size) return;
     Strip<kChunk> scores{};

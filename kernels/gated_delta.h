@@ -1,7 +1,7 @@
 // Params of gated_delta.cu, gated_delta_scan.cu and gated_delta_backward.cu: one struct for all of them.
 //
-// T tokens, Hk key heads, Hv value heads, dk and dv their sizes, R the capacity in tokens, N = ceil(R / 64). Scratch lies head by
-// head, so that a chunk of it is one piece.
+// T tokens, Hk key heads, Hv value heads, dk and dv their sizes, R the capacity in tokens, N = ceil(R / 64). Scratch lies head
+// by head, so that a chunk of it is one piece.
 #pragma once
 #include "rt/step_state.h"
 

@@ -1,16 +1,19 @@
-// gated_delta_gradients: per chunk, from V', the state S before it, d_V' and the gradient d_S of the state after it, the rest of backward:
+// gated_delta_gradients: per chunk, from V', the state S before it, d_V' and the gradient d_S of the state after it, the rest
+// of backward:
 //   Y = Ti^T d_V';  P = tril(d_O V'^T) o D;  E = -tril_{-1}(Y V'^T) o D;  D_ij = e^(gamma_i - gamma_j)
 //   d_Qh = s (diag(e^gamma) d_O S^T + P Kh);  d_V = diag(beta) Y
-//   H = -diag(e^gamma) Y S^T + E Kh;  G = diag(e^(gamma_C - gamma)) V' d_S^T + s P^T Qh + E^T diag(beta) Kh;  d_Kh = diag(beta) H + G
+//   H = -diag(e^gamma) Y S^T + E Kh;  G = diag(e^(gamma_C - gamma)) V' d_S^T + s P^T Qh + E^T diag(beta) Kh
+//   d_Kh = diag(beta) H + G
 //   d_beta = <Y, V> + <H, Kh>;  d_gamma = <d_Qh, Qh> + beta <H, Kh> - <G, Kh>, at the end of the chunk also
 //   e^gamma_C <S, d_S> + sum of <diag(e^(gamma_C - gamma)) V' d_S^T, Kh>;  d_g = reverse cumulative sum of d_gamma
-// <,> by rows; Qh, Kh of unit rows, s = 1 / sqrt(dk). d_Qh and d_Kh are summed over the value heads of the key head, in order; then
-// d_q = r (d_Qh - qh <qh, d_Qh>), r = 1 / |q|, and so for k. The derivation: docs/math/gated_delta.md.
+// <,> by rows; Qh, Kh of unit rows, s = 1 / sqrt(dk). d_Qh and d_Kh are summed over the value heads of the key head, in order;
+// then d_q = r (d_Qh - qh <qh, d_Qh>), r = 1 / |q|, and so for k. The derivation: docs/math/gated_delta.md.
 //
 // u, Ti, V', d_V', S, d_S, d_O, d_u bf16; the rest f32: see gated_delta.h.
-// grid (ceil(R / 64), Hk), block 256: a block does the chunks that begin in its 64 rows, one value head after the other; a warp 16
-// rows and half of the columns. 151 KB of shared memory at head size 128; S and d_S share a tile.
-// Numerics: operands bf16, f32 accumulation in a fixed order: deterministic. 1 / |q| and 1 / |k| scale P and E, so Q and K enter as stored.
+// grid (ceil(R / 64), Hk), block 256: a block does the chunks that begin in its 64 rows, one value head after the other; a warp
+// 16 rows and half of the columns. 151 KB of shared memory at head size 128; S and d_S share a tile.
+// Numerics: operands bf16, f32 accumulation in a fixed order: deterministic. 1 / |q| and 1 / |k| scale P and E, so Q and K
+// enter as stored.
 // Preconditions (the launcher checks): as gated_delta.cu; all other kernels of the family ran before.
 // Cost per chunk and value head at 128: 14.7 MFLOP, 120 KB read, 33 KB written; bound by memory latency (one block per SM).
 // docs/kernels/gated_delta.md. Reference: src/backend/cpu/gated_delta/backward.rs.
@@ -134,7 +137,8 @@ DEVICE void solve_values(const GatedDeltaParams& p, const Shared<kDim>& s, unsig
                 const float low = y.part[tile][2 * i], high = y.part[tile][2 * i + 1];
                 const uint32_t v = *reinterpret_cast<const uint32_t*>(p.u + at + row * width + column);
                 sum[i] += low * low_half(v) + high * high_half(v);
-                *reinterpret_cast<uint32_t*>(p.d_u + at + row * width + column) = pack_bf16_pair(low * s.beta[row], high * s.beta[row]);
+                const uint32_t d_v = pack_bf16_pair(low * s.beta[row], high * s.beta[row]);
+                *reinterpret_cast<uint32_t*>(p.d_u + at + row * width + column) = d_v;
             }
         }
         sum[i] += __shfl_xor_sync(kFullMask, sum[i], 1);

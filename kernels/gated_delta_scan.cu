@@ -2,18 +2,21 @@
 //   V' = U - W S;  S <- e^gamma_C S + Kh^T diag(e^(gamma_C - gamma)) V'
 // gated_delta_output: O = s diag(e^gamma) Qh S + P V' with the S before the chunk.
 // gated_delta_states: V' and S themselves, for backward.
-// gated_delta_states_backward: from the last chunk to the first, d_S the gradient of the state after the chunk, 0 at each sequence's end,
+// gated_delta_states_backward: from the last chunk to the first, d_S the gradient of the state after the chunk, 0 at each
+// sequence's end,
 //   d_V' = P^T d_O + diag(e^(gamma_C - gamma)) Kh d_S;  d_S <- e^gamma_C d_S + (s diag(e^gamma) Qh)^T d_O - W^T d_V'
 // with Qh, Kh of unit rows, s = 1 / sqrt(dk), P the scores of gated_delta_prepare. V' replaces U.
 //
 // grid (ceil(dv / 64), Hv, 8), block 128: a warp has 16 columns of dv, so warps do not depend on each other; z is a lane of the
-// sequences z, z + 8, ... The transposed state S^T [dv, dk] stays in f32 registers. As mma leaves S^T and V'^T they are, rounded, the A
-// operands of the next product: no exchange through shared memory, which holds two stages of a chunk's operands: 87 KB (states) and
-// 140 KB at head size 128.
-// Numerics: operands bf16, products and state f32, sums in a fixed order: deterministic. exp of differences that are never positive.
+// sequences z, z + 8, ... The transposed state S^T [dv, dk] stays in f32 registers. As mma leaves S^T and V'^T they are,
+// rounded, the A operands of the next product: no exchange through shared memory, which holds two stages of a chunk's operands:
+// 87 KB (states) and 140 KB at head size 128.
+// Numerics: operands bf16, products and state f32, sums in a fixed order: deterministic. exp of differences that are never
+// positive.
 // Preconditions (the launcher checks): as gated_delta.cu, which ran before.
-// Cost per chunk and block at 128: 7.3 MFLOP output, 4.2 states, 7.3 backward; 65, 40 and 65 KB read from the L2 cache; bound by the
-// latency of a chunk's dependent products when sequences are few. docs/kernels/gated_delta.md. Reference: src/backend/cpu/gated_delta.rs.
+// Cost per chunk and block at 128: 7.3 MFLOP output, 4.2 states, 7.3 backward; 65, 40 and 65 KB read from the L2 cache; bound
+// by the latency of a chunk's dependent products when sequences are few. docs/kernels/gated_delta.md. Reference:
+// src/backend/cpu/gated_delta.rs.
 #include "rt/delta.cuh"
 
 namespace {

@@ -1,7 +1,9 @@
 // gated_rms_norm, per token and value head: y = w o rstd silu(z), rstd = 1 / sqrt(mean(o^2) + eps).
-// backward, with oh = o rstd and h = d_y w silu(z): d_o = rstd (h - oh mean(h oh)), d_z = d_y w oh sigma(z) (1 + z (1 - sigma(z))).
+// backward, with oh = o rstd and h = d_y w silu(z): d_o = rstd (h - oh mean(h oh)), d_z = d_y w oh sigma(z) (1 + z (1 -
+// sigma(z))).
 //
-// y, o, d_y, d_o [T, Hv dv], qkvz, d_qkvz [T, W] bf16, of which z are the last columns of each key head's group; rstd [T, Hv], w [dv] f32.
+// y, o, d_y, d_o [T, Hv dv], qkvz, d_qkvz [T, W] bf16, of which z are the last columns of each key head's group; rstd [T, Hv],
+// w [dv] f32.
 // grid (ceil(R Hv / 16)), block 256: 16 threads per token and head, 8 columns each. R the capacity in tokens. No shared memory.
 // f32 throughout, sums in a fixed order, rounded once per result: deterministic.
 // Preconditions (the launcher checks): dk and dv multiples of 8, dv at most 128.
@@ -32,7 +34,8 @@ DEVICE Place find_place(const GatedRmsNormParams& p) {
     const unsigned dv = p.value_head_dim, ratio = p.num_value_heads / p.num_key_heads;
     const unsigned group = 2 * (p.key_head_dim + ratio * dv);
     place.at = place.row * dv + place.column;
-    place.z = token * group * p.num_key_heads + head / ratio * group + 2 * p.key_head_dim + (ratio + head % ratio) * dv + place.column;
+    const size_t z = 2 * p.key_head_dim + (ratio + head % ratio) * dv;
+    place.z = token * group * p.num_key_heads + head / ratio * group + z + place.column;
     place.is_valid = token < p.step->num_tokens && place.column < dv;
     return place;
 }

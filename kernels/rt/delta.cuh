@@ -236,7 +236,8 @@ DEVICE void store_strip(bf16* tile, const Strip<kColumns>& strip, unsigned colum
     }
 }
 
-// Copies rows [0, rows) and columns [0, columns) of a tile to global memory, by `num_threads` threads of which this is `thread`.
+// Copies rows [0, rows) and columns [0, columns) of a tile to global memory, by `num_threads` threads of which this is
+// `thread`.
 template <unsigned kStride>
 DEVICE void copy_out(bf16* target, size_t stride, const bf16* tile, unsigned rows, unsigned columns, unsigned thread,
                      unsigned num_threads) {

@@ -173,8 +173,8 @@ impl Gates {
     fn new(spec: DeltaSpec, tokens: usize, capacity: usize) -> Self {
         let (state, heads) = (state(&[tokens], 100, 1), spec.num_value_heads);
         Self {
-            // Far into both ends of sigmoid and softplus.
-            ba: scaled(tokens * 2 * heads, 2, 8.0),
+            // Towards both ends of sigmoid and softplus, as far as f32 keeps digits of 1 - beta.
+            ba: scaled(tokens * 2 * heads, 2, 4.0),
             a_log: values(heads, 3),
             dt_bias: values(heads, 4),
             d_g: values(tokens * heads, 5),
@@ -262,7 +262,7 @@ impl Gates {
 
 fn gates_cases() -> Vec<Case> {
     let shapes = [
-        ("one token", spec(1, 1, 16, 4), 1, 1),
+        ("one token", spec(4, 2, 16, 4), 1, 1),
         ("53 tokens, ratio 2", spec(4, 2, 16, 4), 53, 60),
         ("127 tokens, ratio 3", spec(2, 3, 16, 4), 127, 128),
         ("257 tokens, ratio 1", spec(4, 1, 16, 4), 257, 300),
