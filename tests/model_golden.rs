@@ -336,7 +336,7 @@ fn the_default_nf4_list_matches() {
     case.check_training(&json["lora_train"]);
 }
 
-fn rounding() -> Box<Cpu> {
+fn rounding() -> Box<dyn Ops> {
     Box::new(Cpu::with_bf16_rounding())
 }
 

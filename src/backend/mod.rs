@@ -24,18 +24,21 @@ pub fn open(device: Device, env: &Env) -> Result<Opened> {
     match device {
         Device::Cpu => Ok(open_cpu("")),
         Device::Emu => open_emu(),
-        Device::Cuda(ordinal) => open_cuda(ordinal, env).map_err(|error| match error {
-            Error::Unsupported { what, why } => Error::Unsupported {
-                what,
-                why: format!("{why}; `device: cpu` does without"),
-            },
-            other => other,
-        }),
+        Device::Cuda(ordinal) => open_cuda(ordinal, env).map_err(with_advice),
         Device::Auto => match open_cuda(0, env) {
             Err(Error::Unsupported { why, .. }) => Ok(open_cpu(&format!(", as {why}"))),
             opened => opened,
         },
     }
+}
+
+/// Where CUDA was asked for and is not there, how to do without.
+fn with_advice(error: Error) -> Error {
+    if let Error::Unsupported { what, why } = error {
+        let why = format!("{why}; `device: cpu` does without");
+        return Error::Unsupported { what, why };
+    }
+    error
 }
 
 fn open_cpu(why: &str) -> Opened {

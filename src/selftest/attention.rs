@@ -312,12 +312,10 @@ fn expected_backward(call: &Call, round: fn(f64) -> f64) -> Outputs {
         .activation("d_v", d_v)
 }
 
-fn case(
-    op: &'static str,
-    call: Call,
-    run: fn(&Call, &Stage<'_>) -> Result<Outputs>,
-    expected: fn(&Call, fn(f64) -> f64) -> Outputs,
-) -> Case {
+type Run = fn(&Call, &Stage<'_>) -> Result<Outputs>;
+type Expected = fn(&Call, fn(f64) -> f64) -> Outputs;
+
+fn case(op: &'static str, call: &Call, run: Run, expected: Expected) -> Case {
     let [runs, oracle, naive] = [call.clone(), call.clone(), call.clone()];
     Case::new(
         op,
@@ -334,10 +332,10 @@ pub(super) fn cases() -> Vec<Case> {
     let itself = call([80, 2, 1], Some(1), &[30, 5]);
     let forward = calls().into_iter().chain([itself]);
     let forward =
-        forward.map(|call| case("attention_forward", call, run_forward, expected_forward));
+        forward.map(|call| case("attention_forward", &call, run_forward, expected_forward));
     let backward = calls().into_iter();
     let backward =
-        backward.map(|call| case("attention_backward", call, run_backward, expected_backward));
+        backward.map(|call| case("attention_backward", &call, run_backward, expected_backward));
     let gates = [([16, 2], 1), ([48, 3], 7), ([256, 1], 5), ([64, 2], 33)];
     let gates = gates.map(|([head_dim, heads], tokens)| gate_case(head_dim, heads, tokens));
     forward

@@ -5,6 +5,11 @@
 //! or, where rounding the exact result once is more than that, twice as far as that. Integers are equal.
 //! Start at [`cases`] and [`Case::check`].
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "what a reference computes in f64 is another case's input in f32"
+)]
+
 mod adamw;
 mod attention;
 mod cross_entropy;
@@ -189,7 +194,7 @@ impl Case {
             (None, true) => Some(self.run(&Cpu::with_bf16_rounding())?),
         };
         if found.0.len() != expected.0.len() {
-            return Err(self.failure(format!(
+            return Err(self.failure(&format!(
                 "{} results, expected {}",
                 found.0.len(),
                 expected.0.len()
@@ -218,14 +223,14 @@ impl Case {
                 (found, expected, BF16_ROUNDING)
             }
             (Values::F32(found), Values::F32(expected)) => (found, expected, F32_ROUNDING),
-            _ => return Err(self.failure(format!("{name} is of another kind than its reference"))),
+            _ => return Err(self.failure(&format!("{name} is of another kind than its reference"))),
         };
         if values.len() != reference.len() {
             let lengths = format!("{}, expected {}", values.len(), reference.len());
-            return Err(self.failure(format!("{name} has length {lengths}")));
+            return Err(self.failure(&format!("{name} has length {lengths}")));
         }
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            return Err(self.failure(format!("{name}[{at}] is {}", values[at])));
+            return Err(self.failure(&format!("{name}[{at}] is {}", values[at])));
         }
         let (l2, max) = distance(values, reference);
         let (l2_limit, max_limit) = match naive.map(|naive| &naive.values) {
@@ -235,7 +240,7 @@ impl Case {
                 (2.0 * naive_l2.max(rounding), 2.0 * naive_max.max(rounding))
             }
             Some(Values::Exact(_)) => {
-                return Err(self.failure(format!("naive {name} holds integers")));
+                return Err(self.failure(&format!("naive {name} holds integers")));
             }
         };
         let error = OutputError {
@@ -249,7 +254,7 @@ impl Case {
         if l2 <= l2_limit && max <= max_limit {
             return Ok(Some(error));
         }
-        Err(self.failure(format!(
+        Err(self.failure(&format!(
             "{name} is off: relative L2 {l2:.2e} (limit {l2_limit:.2e}), max {max:.2e} (limit {max_limit:.2e})"
         )))
     }
@@ -257,11 +262,11 @@ impl Case {
     fn compare_exact(&self, name: &str, found: &[u32], expected: &[u32]) -> Result<()> {
         let at = found.iter().zip(expected).position(|(f, e)| f != e);
         match at {
-            Some(at) => Err(self.failure(format!(
+            Some(at) => Err(self.failure(&format!(
                 "{name}[{at}] is {}, expected {}",
                 found[at], expected[at]
             ))),
-            None if found.len() != expected.len() => Err(self.failure(format!(
+            None if found.len() != expected.len() => Err(self.failure(&format!(
                 "{name} has length {}, expected {}",
                 found.len(),
                 expected.len()
@@ -270,7 +275,7 @@ impl Case {
         }
     }
 
-    fn failure(&self, what: String) -> Error {
+    fn failure(&self, what: &str) -> Error {
         Error::Kernel {
             reason: format!("{}: {what}", self.name()),
         }

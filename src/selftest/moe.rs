@@ -156,8 +156,8 @@ impl Shape {
                 let (raw, dims) = (self.raw(which, expert), self.dims()[which]);
                 Ok(match self.held {
                     Held::Dense => Weight::Dense(Tensor::from_f32("expert", &dims, raw)?),
-                    held => {
-                        let nested = held == Held::NestedNf4;
+                    Held::Nf4 | Held::NestedNf4 => {
+                        let nested = self.held == Held::NestedNf4;
                         Weight::Nf4(Nf4Matrix::quantize("expert", &raw, dims, nested)?)
                     }
                 })

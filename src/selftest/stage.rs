@@ -16,14 +16,14 @@ pub struct Stage<'a> {
 }
 
 /// `len` values drawn from a normal distribution, each one a bf16 number, so that placing them rounds nothing.
-pub fn values(len: usize, seed: u64) -> Vec<f32> {
+pub(super) fn values(len: usize, seed: u64) -> Vec<f32> {
     let mut draws = Draws::new(seed, Stream::Synthetic, 1);
     let value = |_| half::bf16::from_f32(draws.next_normal()).to_f32();
     (0..len).map(value).collect()
 }
 
 /// [`values`] times a power of two.
-pub fn scaled(len: usize, seed: u64, scale: f32) -> Vec<f32> {
+pub(super) fn scaled(len: usize, seed: u64, scale: f32) -> Vec<f32> {
     values(len, seed)
         .iter()
         .map(|value| value * scale)
@@ -31,7 +31,7 @@ pub fn scaled(len: usize, seed: u64, scale: f32) -> Vec<f32> {
 }
 
 /// A step of sequences of these lengths; every third position has no target, nor has a sequence's last. No dropout.
-pub fn state(lengths: &[usize], vocab_size: u32, seed: u64) -> StepState {
+pub(super) fn state(lengths: &[usize], vocab_size: u32, seed: u64) -> StepState {
     let mut draws = Draws::new(seed, Stream::Synthetic, 2);
     let mut batch = Batch {
         cu_seqlens: vec![0],
@@ -223,7 +223,11 @@ impl<'a> Stage<'a> {
 ///
 /// # Errors
 /// Those of the quantisation.
-pub fn nf4_values(shape: [usize; 2], values: &[f32], double_quant: bool) -> Result<Vec<f32>> {
+pub(super) fn nf4_values(
+    shape: [usize; 2],
+    values: &[f32],
+    double_quant: bool,
+) -> Result<Vec<f32>> {
     let matrix = Nf4Matrix::quantize("nf4", values, shape, double_quant)?;
     matrix.to_f32_vec()
 }

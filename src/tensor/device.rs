@@ -23,4 +23,10 @@ pub trait DeviceMemory: Debug + Send + Sync {
     /// # Errors
     /// As [`Self::read`].
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Zeroes `num_bytes` from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn zero(&self, offset: usize, num_bytes: usize) -> Result<()>;
 }

@@ -7,9 +7,6 @@ use half::{bf16, f16};
 use super::{DType, Storage, Tensor};
 use crate::error::{Error, Result};
 
-/// Bytes zeroed at a time.
-const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-
 impl Tensor {
     /// Whether the elements lie in a device's memory.
     pub fn is_on_device(&self) -> bool {
@@ -173,10 +170,7 @@ impl Tensor {
             Storage::U32(own) => own.fill(0),
             Storage::I32(own) => own.fill(0),
             Storage::Device { memory, offset } => {
-                for start in (0..num_bytes).step_by(ZEROS.len()) {
-                    let count = ZEROS.len().min(num_bytes - start);
-                    memory.write(*offset + start, &ZEROS[..count])?;
-                }
+                memory.zero(*offset, num_bytes)?;
             }
             Storage::Planned => {}
             Storage::Mapped { .. } => return Err(self.mismatch(self.dtype)),

@@ -141,7 +141,6 @@ fn widths(spec: &AttentionSpec) -> (usize, usize) {
     )
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn forward(
     gpu: &Gpu,
     o: &mut Tensor,

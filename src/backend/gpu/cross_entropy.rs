@@ -99,7 +99,6 @@ fn chunk_rows(capacity: usize, vocab_size: usize, row_bytes: usize) -> usize {
     capacity.div_ceil(num_chunks).next_multiple_of(tile)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn forward_backward(
     gpu: &Gpu,
     token_loss: &mut Tensor,

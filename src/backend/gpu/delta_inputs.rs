@@ -117,7 +117,6 @@ fn gates_params(
     Ok((params, grid, [capacity, heads]))
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn gates_forward(
     gpu: &Gpu,
     g: &mut Tensor,

@@ -45,7 +45,6 @@ fn params(
     Ok((params, Grid::line(num_rows.div_ceil(GATED_RMS_NORM_HEADS))))
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn forward(
     gpu: &Gpu,
     y: &mut Tensor,

@@ -78,9 +78,10 @@ pub fn quantize(gpu: &Gpu, weights: &Tensor, double_quant: bool) -> Result<Nf4Ma
             "holds a NaN or infinite weight, expected finite ones; download the checkpoint again",
         ));
     }
-    let absmax = match double_quant {
-        false => Absmax::Plain(absmax),
-        true => quantize_absmax(gpu, &absmax)?,
+    let absmax = if double_quant {
+        quantize_absmax(gpu, &absmax)?
+    } else {
+        Absmax::Plain(absmax)
     };
     Ok(Nf4Matrix {
         out_features,

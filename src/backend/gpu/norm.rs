@@ -21,7 +21,6 @@ fn weight_offset(spec: NormSpec) -> f32 {
     if spec.zero_centered { 1.0 } else { 0.0 }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn forward(
     gpu: &Gpu,
     out: &mut Tensor,
@@ -51,7 +50,6 @@ pub(super) fn add_forward(
 }
 
 /// `add`: where `x + delta` goes, and `delta`.
-#[expect(clippy::too_many_arguments, reason = "those of the two ops")]
 fn launch_forward(
     gpu: &Gpu,
     op: &'static str,
@@ -90,7 +88,6 @@ fn launch_forward(
     gpu.launch(FORWARD, grid, &params)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the op's own list")]
 pub(super) fn backward(
     gpu: &Gpu,
     d_x: GradOut<'_>,

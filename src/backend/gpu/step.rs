@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::driver::Driver;
 use super::params::StepStateDevice;
 use crate::error::{Error, Result};
-use crate::ops::StepState;
+use crate::ops::{DropoutState, StepState};
 use crate::tensor::device::DeviceMemory;
 
 /// Arrays of `capacity` words after the struct: ids, positions, sequence starts and ends, `cu_seqlens`, target rows and ids.
@@ -67,7 +67,7 @@ impl StepBuffers {
             self.memory.address() + offset as u64
         };
         let dropout = state.dropout;
-        let [dropout_key_low, dropout_key_high] = dropout.map_or([0; 2], |draws| draws.key());
+        let [dropout_key_low, dropout_key_high] = dropout.map_or([0; 2], DropoutState::key);
         let device = StepStateDevice {
             num_tokens: word(num_tokens),
             num_sequences: word(state.sequences().len()),

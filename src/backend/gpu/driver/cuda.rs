@@ -307,6 +307,12 @@ impl DeviceMemory for CudaMemory {
         self.check_copy(offset, bytes.len())?;
         self.device.write(self.address + offset as u64, bytes)
     }
+
+    fn zero(&self, offset: usize, num_bytes: usize) -> Result<()> {
+        self.check_copy(offset, num_bytes)?;
+        let address = self.address + offset as u64;
+        self.device.submit(Work::Zero { address, num_bytes })
+    }
 }
 
 impl Drop for CudaMemory {

@@ -303,6 +303,14 @@ impl DeviceMemory for EmuMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok(())
     }
+
+    fn zero(&self, offset: usize, num_bytes: usize) -> Result<()> {
+        self.check_copy(offset, num_bytes)?;
+        let at = self.start().wrapping_add(offset);
+        // SAFETY: checked to lie in the memory.
+        unsafe { std::ptr::write_bytes(at, 0, num_bytes) };
+        Ok(())
+    }
 }
 
 impl Drop for EmuMemory {
