@@ -22,6 +22,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// Where kernels' headers are, and how they end.
+const HEADERS: [(&str, &str); 4] = [
+    ("kernels", "h"),
+    ("kernels", "cuh"),
+    ("kernels/rt", "h"),
+    ("kernels/rt", "cuh"),
+];
+
 /// What CI compiles for.
 const DEFAULT_ARCHS: &str = "80,90a";
 
@@ -138,7 +146,7 @@ fn cached(
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
     fs::read(source)?.hash(&mut hasher);
-    for (dir, extension) in [("kernels", "h"), ("kernels/rt", "h"), ("kernels/rt", "cuh")] {
+    for (dir, extension) in HEADERS {
         for header in files(dir, extension)? {
             fs::read(header)?.hash(&mut hasher);
         }

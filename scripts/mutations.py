@@ -7,6 +7,7 @@ A mutation is a line of scripts/mutations/FAMILY.txt: file, what is broken, text
 tests/selftest.rs; separated by tabs. What caught what goes to docs/mutations.md when every family ran. Exit code 1 if one
 was not caught. Files are put back as they were.
 """
+import os
 import pathlib
 import re
 import subprocess
@@ -27,7 +28,9 @@ Each kernel was broken on purpose, one line at a time, and the cases of `tests/s
 
 def cargo(*arguments):
     command = ["cargo", "test", "--locked", "--test", "selftest", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    # What a broken kernel no longer uses is no reason not to compile it.
+    env = os.environ | {"CXXFLAGS": "-w"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     return result.returncode, result.stdout + result.stderr
 
 

@@ -140,6 +140,63 @@ fn unsafe_code_is_where_it_is_said_to_be() {
     }
 }
 
+/// Text of every file below `dir` that ends with `extension`, by path.
+fn texts(dir: &str, extension: &str) -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
+    let entries = fs_err::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let of_kind = entries.filter(|path| path.extension().is_some_and(|kind| kind == extension));
+    of_kind
+        .map(|path| (path.clone(), fs_err::read_to_string(path).unwrap()))
+        .collect()
+}
+
+/// Each kernel is launched by a launcher, and its family has a page that says what it costs and a list of mutations.
+#[test]
+fn every_kernel_has_a_launcher_a_page_and_mutations() {
+    let launchers: String = modules()
+        .into_iter()
+        .filter(|(path, ..)| path.starts_with("backend/gpu/"))
+        .map(|(.., text)| text)
+        .collect();
+    let pages: String = texts("docs/kernels", "md")
+        .into_iter()
+        .map(|(_, t)| t)
+        .collect();
+    let mutations: String = texts("scripts/mutations", "txt")
+        .into_iter()
+        .map(|(_, text)| text)
+        .collect();
+    let kernels = texts("kernels", "cu");
+    assert!(
+        kernels.len() > 20,
+        "the kernels are not where this test looks"
+    );
+    for (path, text) in kernels {
+        let file = path.file_name().unwrap().to_string_lossy().into_owned();
+        if file == "selftest.cu" {
+            continue;
+        }
+        let stem = file.trim_end_matches(".cu");
+        let stem = stem
+            .trim_end_matches("_forward")
+            .trim_end_matches("_backward");
+        assert!(pages.contains(stem), "no page of docs/kernels names {stem}");
+        assert!(
+            mutations.contains(&format!("kernels/{file}")),
+            "no mutation of kernels/{file} in scripts/mutations"
+        );
+        for kernel in text.split("\nKERNEL(").skip(1) {
+            let name = kernel.split(',').next().unwrap();
+            assert!(
+                launchers.contains(&format!("\"{name}\"")),
+                "{file}: no launcher names {name}"
+            );
+        }
+    }
+}
+
 #[test]
 fn files_are_of_a_readable_length() {
     for (path, _, text) in modules() {

@@ -20,12 +20,6 @@ DEVICE float exp2_approx(float x) {
     return result;
 }
 
-// 4 bytes from global to shared memory without waiting; zeros where not `valid`.
-DEVICE void copy_async_4(void* target, const void* source, bool valid) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(valid ? 4 : 0) : "memory");
-}
-
 #else
 
 #define UNROLL_TWICE
@@ -33,10 +27,6 @@ DEVICE void copy_async_4(void* target, const void* source, bool valid) {
 DEVICE float exp2_approx(float x) {
     const float result = exp2f(x);
     return result < 1.17549435e-38f ? 0.0f : result;
-}
-
-DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
-    emu::copy_async(target, source, 4, valid ? 4 : 0, {file, line});
 }
 
 #endif

@@ -110,18 +110,6 @@ DEVICE void load_tile(bf16* tile, const bf16* source, size_t stride, unsigned ro
     }
 }
 
-#ifdef __CUDACC__
-// 4 bytes from global to shared memory without waiting; zero where not `valid`.
-DEVICE void copy_async_4(void* target, const void* source, bool valid) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(valid ? 4 : 0) : "memory");
-}
-#else
-DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
-    emu::copy_async(target, source, 4, valid ? 4 : 0, {file, line});
-}
-#endif
-
 // ---- products ----
 
 // The halves of a bf16 pair.

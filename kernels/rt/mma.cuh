@@ -39,6 +39,11 @@ DEVICE void copy_async_16(void* target, const void* source, bool valid) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
+// 4 bytes from global to shared memory without waiting; zeros where not `valid`.
+DEVICE void copy_async_4(void* target, const void* source, bool valid) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(valid ? 4 : 0) : "memory");
+}
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's groups are under way.
 template <unsigned kPending>
@@ -117,6 +122,9 @@ DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row, EMU_S
 
 DEVICE void copy_async_16(void* target, const void* source, bool valid, EMU_SITE) {
     emu::copy_async(target, source, 16, valid ? 16 : 0, {file, line});
+}
+DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
+    emu::copy_async(target, source, 4, valid ? 4 : 0, {file, line});
 }
 DEVICE void copy_async_commit() { emu::copy_commit(); }
 template <unsigned kPending>
