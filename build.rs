@@ -22,6 +22,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// How nvcc is called.
+const NVCC_FLAGS: [&str; 9] = [
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v,-warn-spills",
+    "-Ikernels",
+    "-fatbin",
+];
+
 /// Where kernels' headers are, and how they end.
 const HEADERS: [(&str, &str); 4] = [
     ("kernels", "h"),
@@ -95,18 +108,17 @@ fn compile_emulated(kernels: &[PathBuf], out: &Path) -> Result<()> {
         println!("cargo:rustc-link-lib=asan");
         println!("cargo:rustc-link-lib=ubsan");
     }
-    let key = format!("emulated, sanitized: {is_sanitized}");
+    let compiler = build.try_get_compiler()?;
+    let key = format!("{} {:?}", compiler.path().display(), compiler.args());
     let names = for_each(kernels, |path| {
-        let object = out.join(stem(path)).with_extension("emu.o");
-        let names = cached(path, &object, &key, || {
+        cached(path, "emu.o", &key, |object| {
             let mut one = build.clone();
             one.flag("-xc++").file(path).out_dir(out.join(stem(path)));
             let text = one.try_expand()?;
             let objects = one.try_compile_intermediates()?;
-            fs::copy(&objects[0], &object)?;
+            fs::copy(&objects[0], object)?;
             Ok(kernel_names(&String::from_utf8_lossy(&text)).join("\n"))
-        })?;
-        Ok((object, names))
+        })
     })?;
     let (mut table, mut declarations) = (String::new(), String::new());
     for (object, names) in &names {
@@ -136,13 +148,14 @@ fn stem(path: &Path) -> &str {
         .unwrap_or_default()
 }
 
-/// What `make` says of a kernel file, made anew only where the file, a header, `key` or the product changed.
+/// A file made of a kernel file, and what `make` says of it; made only where the kernel file, a header or `key` is new. It
+/// lies beside the builds of all profiles, which share it.
 fn cached(
     source: &Path,
-    product: &Path,
+    extension: &str,
     key: &str,
-    make: impl FnOnce() -> Result<String>,
-) -> Result<String> {
+    make: impl FnOnce(&Path) -> Result<String>,
+) -> Result<(PathBuf, String)> {
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
     fs::read(source)?.hash(&mut hasher);
@@ -151,18 +164,24 @@ fn cached(
             fs::read(header)?.hash(&mut hasher);
         }
     }
-    let digest = format!("{:016x}", hasher.finish());
-    let stamp = product.with_extension("stamp");
+    // OUT_DIR is target/PROFILE/build/PACKAGE/out.
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let dir = out.ancestors().nth(4).unwrap_or(&out).join("kernels");
+    fs::create_dir_all(&dir)?;
+    let name = format!("{}-{:016x}", stem(source), hasher.finish());
+    let product = dir.join(&name).with_extension(extension);
+    let said_path = dir.join(&name).with_extension(format!("{extension}.said"));
     if product.is_file()
-        && let Ok(text) = fs::read_to_string(&stamp)
-        && let Some((found, said)) = text.split_once('\n')
-        && found == digest
+        && let Ok(said) = fs::read_to_string(&said_path)
     {
-        return Ok(said.to_owned());
+        return Ok((product, said));
     }
-    let said = make()?;
-    fs::write(stamp, format!("{digest}\n{said}"))?;
-    Ok(said)
+    let partial = dir.join(format!("{name}.{}.partial", std::process::id()));
+    let said = make(&partial)?;
+    fs::rename(&partial, &product)?;
+    // Last: it says that the product is whole.
+    fs::write(said_path, &said)?;
+    Ok((product, said))
 }
 
 /// `f` of every file, on as many threads as cargo allows, in the order of the files.
@@ -213,13 +232,12 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
         return Ok(());
     };
     let archs = env::var("BRIGHTRUN_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.to_owned());
-    let key = format!("{} {archs}", nvcc.display());
+    let toolkit = toolkit_version(&nvcc)?;
+    let key = format!("{} {toolkit:?} {archs} {NVCC_FLAGS:?}", nvcc.display());
     let fatbins = for_each(kernels, |path| {
-        let fatbin = out.join(stem(path)).with_extension("fatbin");
-        let said = cached(path, &fatbin, &key, || {
-            compile_fatbin(&nvcc, &archs, path, &fatbin)
-        })?;
-        Ok((fatbin, said))
+        cached(path, "fatbin", &key, |fatbin| {
+            compile_fatbin(&nvcc, &archs, path, fatbin)
+        })
     })?;
     let (mut table, mut report) = (String::new(), String::new());
     for (path, (fatbin, said)) in kernels.iter().zip(&fatbins) {
@@ -232,7 +250,6 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
             compiled_kernels(said)
         )?;
     }
-    let toolkit = toolkit_version(&nvcc)?;
     fs::write(out.join("ptxas.txt"), report)?;
     fs::write(
         out.join("fatbins.rs"),
@@ -268,17 +285,7 @@ fn toolkit_version(nvcc: &Path) -> Result<(u32, u32)> {
 /// Compiles one file for all of `archs`; what ptxas says of it.
 fn compile_fatbin(nvcc: &Path, archs: &str, path: &Path, fatbin: &Path) -> Result<String> {
     let mut command = Command::new(nvcc);
-    command.args([
-        "-std=c++17",
-        "-O3",
-        "-lineinfo",
-        "-Werror",
-        "all-warnings",
-        "-Xptxas",
-        "-v,-warn-spills",
-        "-Ikernels",
-        "-fatbin",
-    ]);
+    command.args(NVCC_FLAGS);
     for arch in archs.split(',').map(str::trim) {
         command
             .arg("-gencode")

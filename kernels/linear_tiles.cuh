@@ -62,7 +62,8 @@ DEVICE void add_weight_product(typename Tile::Sums& sums, const LinearShared& sh
         return;
     }
     using Weight = Nf4Rows<Tile, Tile::kN, kAlongRows, kHalf>;
-    load_dynamic_code<Tile::kThreads>(shared.dynamic_code, w.nf4);
+    // One of the two may have nested scales and the other not.
+    load_dynamic_code<Tile::kThreads>(shared.dynamic_code, kHalf != 0 && w.nf4.absmax ? second.nf4 : w.nf4);
     __syncthreads();
     Weight b({kHalf != 0 && Weight::takes_second() ? second.nf4 : w.nf4, w.out_features, in_features}, shared.dynamic_code, first);
     accumulate<Tile>(sums, shared.tiles, a, b, depth, active);

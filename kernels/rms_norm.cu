@@ -3,6 +3,7 @@
 //
 // x, delta, sum, out, d_out, d_x [T, D] bf16; rstd [T] f32; w [D] f32. T tokens, D hidden_size.
 // grid (capacity in tokens), block 256: a block per row, a thread every 256th group of 8 columns. 32 B of shared memory.
+// Rows of at most 512 columns (narrow): block 32, so that no thread is without columns.
 // f32 throughout, sums in a fixed order: deterministic. The sum of x and delta is rounded to bf16 before it is normed, as it is stored.
 // Preconditions (the launcher checks): D a multiple of 8, rows 16-byte aligned.
 // Cost: 2 B read and 2 B written per element forward (add: 4 and 4), 4 and 2 backward (accumulate: 6 and 2); memory bound.
@@ -13,11 +14,9 @@
 #include "rms_norm.h"
 
 namespace {
-constexpr unsigned kThreads = RMS_NORM_THREADS;
-}
 
-KERNEL(rms_norm_forward, RmsNormForwardParams, p, RMS_NORM_THREADS) {
-    SHARED(float, partial, kThreads / kWarpSize);
+template <unsigned kThreads>
+DEVICE void forward_row(const RmsNormForwardParams& p, float* partial) {
     if (blockIdx.x >= p.step->num_tokens) return;
     const size_t row = static_cast<size_t>(blockIdx.x) * p.hidden_size;
     float square_sum = 0.0f;
@@ -46,8 +45,8 @@ KERNEL(rms_norm_forward, RmsNormForwardParams, p, RMS_NORM_THREADS) {
     }
 }
 
-KERNEL(rms_norm_backward, RmsNormBackwardParams, p, RMS_NORM_THREADS) {
-    SHARED(float, partial, kThreads / kWarpSize);
+template <unsigned kThreads>
+DEVICE void backward_row(const RmsNormBackwardParams& p, float* partial) {
     if (blockIdx.x >= p.step->num_tokens) return;
     const size_t row = static_cast<size_t>(blockIdx.x) * p.hidden_size;
     const float rstd = p.rstd[blockIdx.x];
@@ -74,4 +73,26 @@ KERNEL(rms_norm_backward, RmsNormBackwardParams, p, RMS_NORM_THREADS) {
         }
         store8(p.d_x + row + column, d_x);
     }
+}
+
+}  // namespace
+
+KERNEL(rms_norm_forward, RmsNormForwardParams, p, RMS_NORM_THREADS) {
+    SHARED(float, partial, RMS_NORM_THREADS / kWarpSize);
+    forward_row<RMS_NORM_THREADS>(p, partial);
+}
+
+KERNEL(rms_norm_forward_narrow, RmsNormForwardParams, p, RMS_NORM_NARROW_THREADS) {
+    SHARED(float, partial, 1);
+    forward_row<RMS_NORM_NARROW_THREADS>(p, partial);
+}
+
+KERNEL(rms_norm_backward, RmsNormBackwardParams, p, RMS_NORM_THREADS) {
+    SHARED(float, partial, RMS_NORM_THREADS / kWarpSize);
+    backward_row<RMS_NORM_THREADS>(p, partial);
+}
+
+KERNEL(rms_norm_backward_narrow, RmsNormBackwardParams, p, RMS_NORM_NARROW_THREADS) {
+    SHARED(float, partial, 1);
+    backward_row<RMS_NORM_NARROW_THREADS>(p, partial);
 }

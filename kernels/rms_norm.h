@@ -3,6 +3,9 @@
 #include "rt/step_state.h"
 
 #define RMS_NORM_THREADS 256
+// For rows of at most this many columns.
+#define RMS_NORM_NARROW_THREADS 32
+#define RMS_NORM_NARROW_COLUMNS 512
 
 // rms_norm_forward, add_rms_norm_forward.
 struct RmsNormForwardParams {

@@ -200,6 +200,10 @@ fn every_kernel_has_a_launcher_a_page_and_mutations() {
 #[test]
 fn files_are_of_a_readable_length() {
     for (path, _, text) in modules() {
+        // Made by a program, for programs.
+        if path == "backend/gpu/params.rs" {
+            continue;
+        }
         let lines = text.lines().count();
         assert!(lines <= MAX_LINES, "{path} has {lines} lines");
     }

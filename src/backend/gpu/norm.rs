@@ -1,7 +1,10 @@
 //! RMS norms: launchers.
 
 use super::driver::{Grid, Kernel};
-use super::params::{RMS_NORM_THREADS, RmsNormBackwardParams, RmsNormForwardParams};
+use super::params::{
+    RMS_NORM_NARROW_COLUMNS, RMS_NORM_NARROW_THREADS, RMS_NORM_THREADS, RmsNormBackwardParams,
+    RmsNormForwardParams,
+};
 use super::{Gpu, check};
 use crate::error::Result;
 use crate::ops::{GradOut, NormSpec, StepState};
@@ -15,6 +18,23 @@ const BACKWARD: Kernel = Kernel {
     name: "rms_norm_backward",
     threads: RMS_NORM_THREADS,
 };
+const FORWARD_NARROW: Kernel = Kernel {
+    name: "rms_norm_forward_narrow",
+    threads: RMS_NORM_NARROW_THREADS,
+};
+const BACKWARD_NARROW: Kernel = Kernel {
+    name: "rms_norm_backward_narrow",
+    threads: RMS_NORM_NARROW_THREADS,
+};
+
+/// The one of two kernels that rows of `width` columns take.
+fn by_width(width: usize, wide: Kernel, narrow: Kernel) -> Kernel {
+    if width > RMS_NORM_NARROW_COLUMNS as usize {
+        wide
+    } else {
+        narrow
+    }
+}
 
 /// What is added to a stored weight.
 fn weight_offset(spec: NormSpec) -> f32 {
@@ -85,7 +105,8 @@ fn launch_forward(
         reserved: 0,
     };
     let grid = Grid::line(check::to_u32(op, "capacity", out.capacity)?);
-    gpu.launch(FORWARD, grid, &params)
+    let kernel = by_width(hidden, FORWARD, FORWARD_NARROW);
+    gpu.launch(kernel, grid, &params)
 }
 
 pub(super) fn backward(
@@ -121,5 +142,6 @@ pub(super) fn backward(
         reserved: 0,
     };
     let grid = Grid::line(check::to_u32(OP, "capacity", d_x.capacity)?);
-    gpu.launch(BACKWARD, grid, &params)
+    let kernel = by_width(hidden, BACKWARD, BACKWARD_NARROW);
+    gpu.launch(kernel, grid, &params)
 }

@@ -7,7 +7,7 @@ use super::{
     Gpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, gated_norm,
     linear, moe, nf4, norm, place, rope, route,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{
     AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops,
     QkWeights, Routing, StepState, UpdateReport,
@@ -56,9 +56,7 @@ impl Ops for Gpu {
         pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
     ) -> Result<usize> {
         self.recordings.borrow_mut().clear();
-        self.scratch.begin_plan();
-        pass(self)?;
-        let scratch = self.scratch.end_plan()?;
+        let scratch = self.scratch.plan(|| pass(self))?;
         let step = StepBuffers::alloc(&*self.driver, capacity)?;
         let num_bytes = scratch + step.num_bytes();
         self.step.replace(Some(step));
@@ -68,16 +66,23 @@ impl Ops for Gpu {
     fn load_batch(&self, state: &StepState) -> Result<()> {
         let mut step = self.step.borrow_mut();
         let fits = |step: &StepBuffers| step.capacity() >= state.num_tokens();
-        // What was recorded reads the buffers there were: they are replaced only where nothing is.
-        let may_grow = self.recordings.borrow().is_empty();
+        // Activations, scratch and recordings are for the capacity that was reserved: a larger batch is refused.
         let step = match &mut *step {
-            Some(step) if fits(step) || !may_grow => step,
+            Some(step) if fits(step) || self.scratch.is_reserved() => step,
             step => step.insert(StepBuffers::alloc(&*self.driver, state.num_tokens())?),
         };
         step.write(state)
     }
 
     fn recorded(&self, name: &'static str, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if self.is_planning() {
+            return body();
+        }
+        if !self.scratch.is_reserved() {
+            return Err(Error::Kernel {
+                reason: format!("`{name}` was to be recorded before `reserve`"),
+            });
+        }
         if let Some(recording) = self.recordings.borrow().get(name) {
             return recording.replay();
         }

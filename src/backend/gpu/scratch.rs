@@ -58,24 +58,29 @@ impl Scratch {
         }
     }
 
-    /// From here on pieces have no memory, and are counted.
-    pub(super) fn begin_plan(&self) {
+    /// Runs `pass` with pieces that have no memory, then allocates a slab for as many as it held at once; returns its bytes.
+    /// Where that fails, pieces are single allocations again.
+    pub(super) fn plan(&self, pass: impl FnOnce() -> Result<()>) -> Result<usize> {
         self.source.replace(Source::Planned);
         self.high_water.set(0);
-    }
-
-    /// Whether pieces have no memory.
-    pub(super) fn is_planning(&self) -> bool {
-        matches!(*self.source.borrow(), Source::Planned)
-    }
-
-    /// From here on pieces come from a slab as large as planning found; returns its bytes.
-    pub(super) fn end_plan(&self) -> Result<usize> {
+        let planned = pass();
+        self.source.replace(Source::Single);
+        planned?;
         let num_bytes = self.high_water.get();
         // Also where nothing is needed: a piece that was not planned must not go unnoticed.
         let slab = self.driver.alloc("scratch", num_bytes.max(ALIGNMENT))?;
         self.source.replace(Source::Slab(slab));
         Ok(num_bytes)
+    }
+
+    /// Whether pieces come from a slab: only then do they stay where a recording found them.
+    pub(super) fn is_reserved(&self) -> bool {
+        matches!(*self.source.borrow(), Source::Slab(_))
+    }
+
+    /// Whether pieces have no memory.
+    pub(super) fn is_planning(&self) -> bool {
+        matches!(*self.source.borrow(), Source::Planned)
     }
 }
 
