@@ -63,7 +63,7 @@ fn the_demo_learns_as_well_on_the_emulated_device() {
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .args(["train", "examples/demo/train.yml"])
             .args(["--set", &format!("output_dir={}", dir.display())])
-            .args(["--set", &format!("device={device}")])
+            .args(["--device", device])
             .args(["--set", &format!("max_steps={STEPS}")])
             .output()
             .unwrap();

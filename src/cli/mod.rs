@@ -41,11 +41,16 @@ struct ConfigArguments {
     /// Overrides a setting, as `--set key=value`; the value is YAML.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    /// Overrides `device`: auto, cpu, cuda, cuda:N or emu.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
 }
 
 impl ConfigArguments {
     fn load(&self) -> Result<TrainConfig> {
-        TrainConfig::load(&self.config, &self.sets)
+        let device = self.device.iter().map(|name| format!("device={name}"));
+        let sets: Vec<String> = self.sets.iter().cloned().chain(device).collect();
+        TrainConfig::load(&self.config, &sets)
     }
 }
 
