@@ -143,7 +143,7 @@ impl<'a> Stage<'a> {
         self.ops.place_weight(Weight::Dense(tensor))
     }
 
-    /// A weight in NF4. [`nf4_values`] are what it stands for.
+    /// A weight in NF4; `nf4_values` are what it stands for.
     ///
     /// # Errors
     /// Those of the quantisation.

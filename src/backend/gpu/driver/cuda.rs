@@ -60,7 +60,7 @@ impl Cuda {
     /// launch anew, so that a fault names its kernel.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there is no driver, no such device or no kernels for it.
+    /// [`Error::Unsupported`](crate::error::Error::Unsupported) if there is no driver, no such device or no kernels for it.
     pub fn open(ordinal: usize, is_synchronous: bool) -> Result<Self> {
         Self::open_with(ordinal, is_synchronous, FATBINS)
     }
