@@ -68,7 +68,7 @@ const fn small(name: &'static str) -> Kernel {
 impl Products {
     /// The large tile where it fits into shared memory (99 KB on GPUs for desktops) and there is more than one of its rows.
     fn of(gpu: &Gpu, capacity: usize) -> Self {
-        let is_desktop = matches!(gpu.driver().info().capability, (8, 6 | 9) | (12, _));
+        let is_desktop = gpu.driver().info().is_desktop();
         if is_desktop || capacity <= CROSS_ENTROPY_TILE_ROWS as usize {
             SMALL
         } else {

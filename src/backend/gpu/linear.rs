@@ -242,7 +242,7 @@ impl Call {
             return SMALL;
         }
         let info = gpu.driver().info();
-        let is_desktop = matches!(info.capability, (8, 6 | 9) | (12, _));
+        let is_desktop = info.is_desktop();
         let cols = |width: &usize| width.div_ceil(WIDE.cols as usize);
         let tiles =
             self.capacity.div_ceil(WIDE.rows as usize) * widths.iter().map(cols).sum::<usize>();

@@ -69,6 +69,13 @@ pub struct DeviceInfo {
     pub capability: (u32, u32),
 }
 
+impl DeviceInfo {
+    /// Whether it is a GPU for desktops, whose blocks have at most 99 KB of shared memory.
+    pub fn is_desktop(&self) -> bool {
+        matches!(self.capability, (8, 6 | 9) | (12, _))
+    }
+}
+
 /// Launches that were recorded, to be made again.
 pub trait Recording: Debug + Send + Sync {
     /// Makes all of them, in order.

@@ -7,7 +7,7 @@ use super::super::params::{
     NF4_THREADS, Nf4DequantizeParams, Nf4Weight,
 };
 use super::super::scratch::Frame;
-use super::super::{Gpu, check};
+use super::super::{Gpu, check, lora};
 use crate::error::{Error, Result};
 use crate::ops::{ExpertsLora, LoraPair, Routing};
 use crate::store::Weight;
@@ -137,25 +137,8 @@ pub(super) fn arena(op: &'static str, lora: &Tensor) -> Result<(u64, u32)> {
 
 /// A pair as kernels take it; without one, rank 0.
 fn module(op: &'static str, pair: Option<LoraPair>, first_column: usize) -> Result<LoraModule> {
-    let Some(pair) = pair else {
-        return Ok(LoraModule::default());
-    };
-    // 2^32 p, as a threshold on 32 random bits.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a probability below 1 times 2^32"
-    )]
-    let dropout_threshold = (f64::from(pair.dropout) * 4_294_967_296.0) as u32;
-    Ok(LoraModule {
-        a: pair.a as u64,
-        b: pair.b as u64,
-        rank: check::to_u32(op, "rank", pair.rank)?,
-        first_column: check::to_u32(op, "rank", first_column)?,
-        scaling: pair.scaling,
-        module: pair.module,
-        dropout_threshold,
-        keep_scale: 1.0 / (1.0 - pair.dropout),
+    pair.map_or(Ok(LoraModule::default()), |pair| {
+        lora::module(op, &pair, first_column)
     })
 }
 
