@@ -244,7 +244,7 @@ fn compile_cuda(kernels: &[PathBuf], out: &Path) -> Result<()> {
         report.push_str(said);
         writeln!(
             table,
-            "        ({:?}, include_bytes!({:?}), &{:?}),",
+            "        ({:?}, &Aligned(*include_bytes!({:?})).0, &{:?}),",
             stem(path),
             fatbin.display().to_string(),
             compiled_kernels(said)

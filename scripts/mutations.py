@@ -50,6 +50,8 @@ class Mutation:
     def check(self):
         """Runs the filter on the build there is: whether it fails, and with what."""
         code, said = cargo(self.filter)
+        if "running 0 tests" in said:
+            raise SystemExit(f"{self.name}: no test is called `{self.filter}`")
         failure = re.search(r"^(?:cpu|emu)[^\n]*", said, re.MULTILINE)
         text = failure.group(0) if failure else said.strip().splitlines()[-1]
         is_caught = code != 0

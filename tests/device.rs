@@ -265,7 +265,7 @@ fn child_refusals() {
             FIRST,
             Grid::line(1).with_shared(232_401),
             PARAMS.as_slice(),
-            "at most 232400 on fake 0",
+            "fake 0 has at most 232400",
         ),
         (
             FIRST,
@@ -280,7 +280,7 @@ fn child_refusals() {
             },
             Grid::line(1),
             &PARAMS,
-            "2048 threads, at most 1024",
+            "2048 threads is not supported: fake 0 has at most 1024",
         ),
         (
             Kernel {
@@ -299,6 +299,9 @@ fn child_refusals() {
             "{text}"
         );
     }
+    let error = device.check(FIRST, Grid::plane(1, 65_536)).unwrap_err();
+    assert!(error.to_string().contains("at most 65535"), "{error}");
+    device.check(FIRST, Grid::plane(1 << 20, 65_535)).unwrap();
     let memory = device.alloc("small", 10).unwrap();
     assert!(memory.write(8, &[0; 3]).is_err());
     // A failed body leaves the device able to go on.
@@ -310,6 +313,49 @@ fn child_refusals() {
             .contains("a copy inside a recording")
     );
     memory.write(0, &[1]).unwrap();
+    let refused = device.record(&mut || device.alloc("late", 1).map(|_| ()));
+    assert!(
+        refused
+            .unwrap_err()
+            .to_string()
+            .contains("`late` allocated inside a recording")
+    );
+    // So does one that panics.
+    let panics = std::panic::AssertUnwindSafe(|| device.record(&mut || panic!("on purpose")));
+    assert!(std::panic::catch_unwind(panics).is_err());
+    memory.write(0, &[1]).unwrap();
+}
+
+#[test]
+fn buffers_that_were_reserved_come_from_one_allocation() {
+    let log = with_fake(
+        "buffers_that_were_reserved_come_from_one_allocation",
+        &[],
+        child_reserved,
+    );
+    let allocations: Vec<&str> = log
+        .iter()
+        .map(String::as_str)
+        .filter(|line| line.starts_with("alloc") || line.starts_with("free"))
+        .collect();
+    let expected = ["alloc 768", "alloc 300", "free 300", "free 768"];
+    assert_eq!(allocations, expected);
+}
+
+fn child_reserved() {
+    let device = open(false);
+    device.reserve("buffers", 768).unwrap();
+    let first = device.alloc("first", 300).unwrap();
+    // What does not fit into the rest is an allocation of its own.
+    let other = device.alloc("other", 300).unwrap();
+    let second = device.alloc("second", 256).unwrap();
+    assert_eq!(second.address() - first.address(), 512);
+    assert_eq!((first.num_bytes(), second.num_bytes()), (300, 256));
+    first.write(299, &[1]).unwrap();
+    assert!(first.write(300, &[1]).is_err());
+    drop(other);
+    drop(first);
+    second.write(0, &[2]).unwrap();
 }
 
 #[test]

@@ -224,4 +224,25 @@ fn launches_that_cannot_be_are_refused() {
         "{error}"
     );
     assert!(Emu::kernels().any(|name| name == "rms_norm_forward"));
+    for (grid, reason) in [
+        (Grid::plane(1, 65_536), "at most 65535"),
+        (
+            Grid::line(1).with_shared(166_913),
+            "at most 166912 on an A100",
+        ),
+    ] {
+        let launched = device.launch(BLOCK, grid, bytemuck::bytes_of(&params));
+        let error = launched.unwrap_err().to_string();
+        assert!(
+            error.contains(reason) && error.contains(BLOCK.name),
+            "{error}"
+        );
+    }
+    let refused = device.record(&mut || device.alloc("late", 1).map(|_| ()));
+    assert!(
+        refused
+            .unwrap_err()
+            .to_string()
+            .contains("`late` allocated inside a recording")
+    );
 }

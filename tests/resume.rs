@@ -392,13 +392,26 @@ fn any_flipped_bit_of_a_checkpoint_is_noticed() {
     }
 }
 
-/// Four steps on the emulated device: what is computed there is kept, resumed and recomputed to the same bits too.
+/// What is computed on the emulated device is kept, resumed and recomputed to the same bits too.
 #[cfg(feature = "emu")]
 #[test]
 fn the_emulated_device_stops_resumes_and_recomputes_to_the_same_bytes() {
+    check_emulated("");
+}
+
+#[cfg(feature = "emu")]
+#[test]
+fn so_it_does_with_an_adapter_in_bf16_and_moments_in_8_bits() {
+    check_emulated("lora_dtype: bf16\noptimizer: adamw_8bit\n");
+}
+
+/// Four steps in one go, in three, and with activations recomputed.
+#[cfg(feature = "emu")]
+fn check_emulated(settings: &str) {
     const STEPS: u64 = 4;
-    let emulated = |settings: &str| {
-        let project = project(settings);
+    let emulated = |more: &str| {
+        let settings = format!("{settings}{more}");
+        let project = project(&settings);
         let path = project.path("train.yml");
         let text = fs_err::read_to_string(&path).unwrap();
         let text = text.replace("device: cpu", "device: emu");

@@ -38,8 +38,8 @@ pub trait Ops: std::fmt::Debug {
     /// Element type of activations on this device.
     fn activation_dtype(&self) -> DType;
 
-    /// Hands out this device's memory.
-    fn arena(&self) -> Arena;
+    /// Hands out this device's memory: that of the buffers in `plan`'s ledger from one allocation, of others as they come.
+    fn arena(&self, plan: &Arena) -> Result<Arena>;
 
     /// Free bytes of this device's memory; `None` where it is the host's.
     fn free_memory(&self) -> Result<Option<u64>>;

@@ -5,6 +5,7 @@ use super::{Case, Outputs};
 use crate::backend::cpu::Cpu;
 use crate::error::Result;
 use crate::ops::{AdamWStep, MOMENTS_BLOCKSIZE, Moments};
+use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 const STEPS: u64 = 3;
@@ -140,7 +141,7 @@ fn is_broken(shape: Shape, step: u64) -> bool {
 }
 
 fn run(stage: &Stage<'_>, shape: Shape) -> Result<Outputs> {
-    let mut arena = stage.ops.arena();
+    let mut arena = stage.ops.arena(&Arena::plan())?;
     let mut params = arena.alloc("params", &[shape.len], shape.params)?;
     params.write_f32(&values(shape.len, 1))?;
     let mut moments = Moments::alloc(&mut arena, shape.len, shape.in_8bit)?;

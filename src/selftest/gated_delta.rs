@@ -183,6 +183,8 @@ pub(super) fn cases() -> Vec<Case> {
         ("many short", Shape { lengths: &[30, 65, 64, 9, 30, 1, 30, 2, 3, 70], capacity: 400, ..plain }),
         ("decay 5", Shape { lengths: &[90, 41], capacity: 140, ratio: 2, dv: 128, decay: 5.0, ..plain }),
         ("decay 8, beta near 0", Shape { lengths: &[90], capacity: 90, dk: 128, dv: 64, decay: 8.0, beta_bias: -4.0, ..plain }),
+        // Chunks between others whose state is still there at their end.
+        ("220 tokens, slow decay", Shape { lengths: &[220], capacity: 230, dv: 32, decay: 0.005, beta_bias: -2.0, ..plain }),
         ("no decay, beta near 1", Shape { lengths: &[100], capacity: 100, dk: 64, dv: 64, decay: 0.0, beta_bias: 4.0, ..plain }),
     ];
     let both = |(label, shape): &(&str, Shape)| {

@@ -68,7 +68,7 @@ struct Call {
     projections: Vec<Projection>,
     /// Probability, and whether the step drops at all.
     dropout: (f32, bool),
-    /// The arena has the type of activations instead of f32.
+    /// The adapter has the type of activations instead of f32.
     narrow_arena: bool,
     gradient: Gradient,
 }
@@ -306,7 +306,8 @@ impl Call {
         let x = stage.rows("x", x_shape, &self.x())?;
         let xa = stage.rows("xa", [self.capacity, self.total_rank()], &self.xa())?;
         let lora = self.arena_tensor(stage, "lora", &self.arena())?;
-        let mut d_lora = self.arena_tensor(stage, "d_lora", &self.d_lora_before())?;
+        let before = self.d_lora_before();
+        let mut d_lora = stage.f32("d_lora", &[before.len()], &before)?;
         let linears = self.linears(stage)?;
         let d_out = |(index, p): (usize, &Projection)| {
             let shape = [self.capacity, p.out_features];
@@ -439,6 +440,7 @@ fn calls() -> Vec<Call> {
             128,
             &[projection(Nested, 136, 3), projection(Dense, 131, 16)],
         )
+        .narrow_arena()
         .dropout(0.1, true),
         call(&[127], 260, 72, &one(Dense, 16, 17)),
         // A capacity of a wide tile for each multiprocessor.
@@ -478,7 +480,7 @@ pub(super) fn cases() -> Vec<Case> {
             72,
             &pair([Dense, Dense], 131, [0, 70]).map(Projection::bias),
         )),
-        swiglu_case(call(&[7], 9, 128, &pair([Nested, Dense], 67, [8, 8]))),
+        swiglu_case(call(&[7], 9, 128, &pair([Nested, Dense], 67, [8, 8])).narrow_arena()),
         swiglu_case(call(
             &[10, 121],
             257,

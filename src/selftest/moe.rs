@@ -37,6 +37,8 @@ struct Shape {
     used_experts: usize,
     /// Elements of the arena before the layer's.
     arena_start: usize,
+    /// The adapter has the type of activations instead of f32.
+    narrow_arena: bool,
 }
 
 /// What `d_x` is asked for.
@@ -64,10 +66,12 @@ impl Shape {
             ranks,
             dropout,
             used_experts,
+            narrow_arena,
             ..
         } = self;
+        let narrow = if narrow_arena { " narrow" } else { "" };
         format!(
-            "T{tokens}/{capacity} E{used_experts}/{num_experts} K{top_k} D{hidden} I{width} {held:?} ranks {ranks:?} p{dropout}"
+            "T{tokens}/{capacity} E{used_experts}/{num_experts} K{top_k} D{hidden} I{width} {held:?} ranks {ranks:?} p{dropout}{narrow}"
         )
     }
 
@@ -246,8 +250,18 @@ impl Shape {
         values(self.routed() * width, seed)
     }
 
-    fn lora_tensor(self, stage: &Stage<'_>, name: &str, seed: u64) -> Result<Tensor> {
-        stage.f32(name, &[self.arena_len()], &self.arena(seed))
+    fn lora_tensor(self, stage: &Stage<'_>) -> Result<Tensor> {
+        let (shape, values) = ([self.arena_len()], self.arena(2));
+        if self.narrow_arena {
+            stage.activation("lora", &shape, &values)
+        } else {
+            stage.f32("lora", &shape, &values)
+        }
+    }
+
+    /// Gradients are f32 whatever the adapter is.
+    fn d_lora_tensor(self, stage: &Stage<'_>) -> Result<Tensor> {
+        stage.f32("d_lora", &[self.arena_len()], &self.arena(7))
     }
 
     fn oracle(self, round: fn(f64) -> f64) -> Oracle {
@@ -274,7 +288,7 @@ fn gate_up_forward(shape: Shape) -> Case {
             &x,
             &shape.routing(stage)?,
             &shape.experts(stage)?,
-            &shape.lora_tensor(stage, "lora", 2)?,
+            &shape.lora_tensor(stage)?,
             &state,
         )?;
         Ok(Outputs::new()
@@ -300,7 +314,7 @@ fn gate_up_backward(shape: Shape, wanted: Wanted) -> Case {
         let (mut gate, mut up) = (own("gate", shape.width, 3)?, own("up", shape.width, 4)?);
         let (xa, d_h) = (own("xa", rank, 5)?, own("d_h", shape.width, 6)?);
         let mut d_routed = shape.routed_out(stage, "d_routed", shape.hidden)?;
-        let mut d_lora = shape.lora_tensor(stage, "d_lora", 7)?;
+        let mut d_lora = shape.d_lora_tensor(stage)?;
         let mut d_x = match wanted {
             Wanted::Add => stage.rows("d_x", wide, &values(shape.tokens * shape.hidden, 8))?,
             Wanted::Skip | Wanted::Overwrite => stage.out("d_x", &wide)?,
@@ -320,7 +334,7 @@ fn gate_up_backward(shape: Shape, wanted: Wanted) -> Case {
             &x,
             &shape.routing(stage)?,
             &shape.experts(stage)?,
-            &shape.lora_tensor(stage, "lora", 2)?,
+            &shape.lora_tensor(stage)?,
             &state,
         )?;
         let written = if wanted == Wanted::Skip {
@@ -356,7 +370,7 @@ fn down_forward(shape: Shape) -> Case {
             &h,
             &shape.routing(stage)?,
             &shape.experts(stage)?,
-            &shape.lora_tensor(stage, "lora", 2)?,
+            &shape.lora_tensor(stage)?,
             &state,
         )?;
         Ok(Outputs::new()
@@ -380,7 +394,7 @@ fn down_backward(shape: Shape) -> Case {
         let xa = own("xa", shape.lora().down_rank(), 5)?;
         let mut d_h = shape.routed_out(stage, "d_h", shape.width)?;
         let mut d_weights = stage.out_f32("d_topk_weights", &[shape.capacity, shape.top_k])?;
-        let mut d_lora = shape.lora_tensor(stage, "d_lora", 7)?;
+        let mut d_lora = shape.d_lora_tensor(stage)?;
         stage.ops.moe_down_backward(
             &mut d_h,
             &mut d_weights,
@@ -390,7 +404,7 @@ fn down_backward(shape: Shape) -> Case {
             &xa,
             &shape.routing(stage)?,
             &shape.experts(stage)?,
-            &shape.lora_tensor(stage, "lora", 2)?,
+            &shape.lora_tensor(stage)?,
             &state,
         )?;
         Ok(Outputs::new()
@@ -418,6 +432,7 @@ pub(super) fn cases() -> Vec<Case> {
         dropout: 0.0,
         used_experts: 4,
         arena_start: 8,
+        narrow_arena: false,
     };
     let shapes = [
         plain,
@@ -443,6 +458,19 @@ pub(super) fn cases() -> Vec<Case> {
             ranks: [4, 16, 5],
             dropout: 0.25,
             arena_start: 3,
+            ..plain
+        },
+        // The same of an adapter in bf16, off 16-byte borders too.
+        Shape {
+            tokens: 13,
+            capacity: 15,
+            num_experts: 3,
+            used_experts: 3,
+            width: 32,
+            ranks: [4, 16, 5],
+            dropout: 0.25,
+            arena_start: 3,
+            narrow_arena: true,
             ..plain
         },
         // Tiles of 128 rows, all on one of two experts; more ranks than a stage is deep.

@@ -6,6 +6,7 @@ use crate::ops::{Ops, StepState};
 use crate::random::{Draws, Stream};
 use crate::store::Weight;
 use crate::store::nf4::Nf4Matrix;
+use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 /// A device with a case on it.
@@ -76,7 +77,7 @@ impl<'a> Stage<'a> {
     }
 
     fn filled(&self, name: &str, shape: &[usize], dtype: DType, values: &[f32]) -> Result<Tensor> {
-        let mut tensor = self.ops.arena().alloc(name, shape, dtype)?;
+        let mut tensor = (self.ops.arena(&Arena::plan())?).alloc(name, shape, dtype)?;
         tensor.write_f32(values)?;
         Ok(tensor)
     }

@@ -6,6 +6,8 @@ pub mod arena;
 pub mod device;
 mod transfer;
 
+pub use transfer::PLANNED_ADDRESS;
+
 use std::ops::Range;
 use std::sync::Arc;
 

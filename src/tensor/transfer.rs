@@ -7,20 +7,23 @@ use half::{bf16, f16};
 use super::{DType, Storage, Tensor};
 use crate::error::{Error, Result};
 
+/// The address of what has no memory, on which no kernel is launched. Not 0, which kernels take for absent.
+pub const PLANNED_ADDRESS: u64 = 256;
+
 impl Tensor {
     /// Whether the elements lie in a device's memory.
     pub fn is_on_device(&self) -> bool {
         matches!(self.storage, Storage::Device { .. })
     }
 
-    /// Where the elements begin in the device's memory; 0 for a planned tensor, which no kernel is launched on.
+    /// Where the elements begin in the device's memory; [`PLANNED_ADDRESS`] for a planned tensor.
     ///
     /// # Errors
     /// [`Error::DType`] if they lie on the host.
     pub fn device_address(&self) -> Result<u64> {
         match &self.storage {
             Storage::Device { memory, offset } => Ok(memory.address() + *offset as u64),
-            Storage::Planned => Ok(0),
+            Storage::Planned => Ok(PLANNED_ADDRESS),
             Storage::F32(_)
             | Storage::Bf16(_)
             | Storage::U8(_)

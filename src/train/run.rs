@@ -55,6 +55,7 @@ pub fn run(
     stop: &StopFlag,
 ) -> Result<Outcome> {
     let device = crate::backend::open(config.device, env)?;
+    check_device(config, &*device.ops)?;
     let prepared = Prepared::new(config, env)?;
     observer.event(&Event::Note { text: device.note });
     for text in &prepared.warnings {
@@ -69,6 +70,18 @@ pub fn run(
     let trainer = load(config, device.ops, &prepared, observer)?;
     let mut run = Run::new(config, prepared, trainer, files, observer)?;
     run.train(stop)
+}
+
+/// Refuses settings that the device does not have.
+fn check_device(config: &TrainConfig, ops: &dyn Ops) -> Result<()> {
+    if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
+        let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
+        return Err(Error::Config {
+            origin: "run".to_owned(),
+            reason: reason.to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// Keeps other runs out of an output directory while the returned file is open.
@@ -95,13 +108,6 @@ fn load(
     prepared: &Prepared,
     observer: &mut dyn Observer,
 ) -> Result<Trainer> {
-    if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
-        let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
-        return Err(Error::Config {
-            origin: "run".to_owned(),
-            reason: reason.to_owned(),
-        });
-    }
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));
     let settings = AdapterSettings::new(config);
     let positions = prepared.num_positions();

@@ -155,7 +155,6 @@ impl Trainer {
                 plan.num_bytes() as f64 > ACTIVATION_SHARE * memory
             }
         };
-        let mut memory = ops.arena();
         let buffers = |arena: &mut Arena| -> Result<_> {
             let adapter = AdapterState::alloc(arena, decoder.adapter.len(), optimizer)?;
             let mut rows = Rows::new(arena, capacity, activation);
@@ -163,8 +162,9 @@ impl Trainer {
             let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
             Ok((adapter, acts, tmp))
         };
+        let mut plan = Arena::plan();
+        let (mut adapter, mut acts, mut tmp) = buffers(&mut plan)?;
         let scratch = ops.reserve(capacity, &mut |ops| {
-            let (mut adapter, mut acts, mut tmp) = buffers(&mut Arena::plan())?;
             let pass = Pass {
                 ops,
                 lora: &adapter.values,
@@ -174,6 +174,7 @@ impl Trainer {
             decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
             update(ops, &mut adapter, &acts, optimizer.at(1, 0.0, seed)).map(|_| ())
         })?;
+        let mut memory = ops.arena(&plan)?;
         let (mut adapter, acts, tmp) = buffers(&mut memory)?;
         memory.count("scratch", scratch);
         let mut values = vec![0.0; adapter.values.len()];

@@ -18,8 +18,8 @@ impl Ops for Cpu {
         DType::F32
     }
 
-    fn arena(&self) -> Arena {
-        Arena::host()
+    fn arena(&self, _: &Arena) -> Result<Arena> {
+        Ok(Arena::host())
     }
 
     fn free_memory(&self) -> Result<Option<u64>> {

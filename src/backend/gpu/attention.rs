@@ -1,5 +1,6 @@
 //! Softmax attention and its output gate: launchers.
 
+use super::check::VECTOR;
 use super::driver::{Grid, Kernel};
 use super::params::{
     ATTENTION_DELTA_ROWS, ATTENTION_DELTA_THREADS, ATTENTION_GATE_THREADS, ATTENTION_KEYS,
@@ -62,8 +63,6 @@ const GATE_BACKWARD: Kernel = Kernel {
 };
 /// Rows and columns of a tensor-core product.
 const PRODUCT: usize = 16;
-/// Elements of a 16-byte access.
-const VECTOR: usize = 8;
 
 impl Kernels {
     /// The narrowest that `head_dim` fits in.

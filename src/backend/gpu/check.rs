@@ -3,6 +3,11 @@
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
+/// bf16 elements of a 16-byte access.
+pub(super) const VECTOR: usize = 8;
+/// Bytes of the widest access: every tensor begins at a multiple.
+const ALIGNMENT: u64 = 16;
+
 /// Rows of a tensor in device memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rows {
@@ -26,7 +31,7 @@ pub(super) fn rows(op: &'static str, tensor: &Tensor, dtype: DType, width: usize
     }
     expect_dtype(op, tensor, dtype)?;
     Ok(Rows {
-        address: tensor.device_address()?,
+        address: address(op, tensor)?,
         capacity,
     })
 }
@@ -40,7 +45,20 @@ pub(super) fn exact(
 ) -> Result<u64> {
     tensor.expect_shape(op, shape)?;
     expect_dtype(op, tensor, dtype)?;
-    tensor.device_address()
+    address(op, tensor)
+}
+
+fn address(op: &'static str, tensor: &Tensor) -> Result<u64> {
+    let address = tensor.device_address()?;
+    if address.is_multiple_of(ALIGNMENT) {
+        return Ok(address);
+    }
+    Err(Error::Kernel {
+        reason: format!(
+            "{op}: `{}` lies at {address:#x}, not at a multiple of {ALIGNMENT} bytes",
+            tensor.name()
+        ),
+    })
 }
 
 fn expect_dtype(op: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {

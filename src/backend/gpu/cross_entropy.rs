@@ -1,7 +1,8 @@
 //! Head and cross-entropy: launchers.
 
+use super::check::VECTOR;
 use super::driver::{Grid, Kernel};
-use super::elementwise::{VECTOR, dense};
+use super::elementwise::dense;
 use super::params::{
     CROSS_ENTROPY_CLEAR_THREADS, CROSS_ENTROPY_DEPTH, CROSS_ENTROPY_GROUP,
     CROSS_ENTROPY_SMALL_COLUMNS, CROSS_ENTROPY_SMALL_SHARED, CROSS_ENTROPY_SMALL_THREADS,
@@ -10,6 +11,7 @@ use super::params::{
     CrossEntropyClearParams, CrossEntropyGradientParams, CrossEntropyLogitsParams,
     CrossEntropyLossParams,
 };
+use super::step::Limits;
 use super::{Gpu, check};
 use crate::error::{Error, Result};
 use crate::ops::{GradOut, StepState};
@@ -96,7 +98,10 @@ fn chunk_rows(capacity: usize, vocab_size: usize, row_bytes: usize) -> usize {
     let most = MOST_ROWS.min(vocab_size).min(LOGITS_BYTES / row_bytes);
     let most = (most / tile).max(1) * tile;
     let num_chunks = capacity.div_ceil(most).max(1);
-    capacity.div_ceil(num_chunks).next_multiple_of(tile)
+    capacity
+        .div_ceil(num_chunks)
+        .next_multiple_of(tile)
+        .max(tile)
 }
 
 pub(super) fn forward_backward(
@@ -110,7 +115,11 @@ pub(super) fn forward_backward(
 ) -> Result<()> {
     let hidden = x.row_len();
     check::multiple(OP, "hidden_size", hidden, VECTOR)?;
-    check_targets(state, vocab_size)?;
+    let table = Limits {
+        target_ids: vocab_size,
+        ..Limits::default()
+    };
+    gpu.limit(table, state)?;
     let x = check::rows(OP, x, DType::Bf16, hidden)?;
     let token_loss = check::rows_of(OP, token_loss, DType::F32, [x.capacity, 1])?;
     let head = dense(OP, head, hidden)?;
@@ -225,19 +234,4 @@ pub(super) fn forward_backward(
         gpu.launch(products.gradient_sum, Grid::line(blocks), &params)?;
     }
     Ok(())
-}
-
-fn check_targets(state: &StepState, vocab_size: usize) -> Result<()> {
-    let ids = state.target_rows();
-    let mut ids = ids.iter().map(|row| state.batch.target_ids[*row]);
-    let is_beyond = |id: &i32| usize::try_from(*id).map_or(true, |id| id >= vocab_size);
-    match ids.find(is_beyond) {
-        None => Ok(()),
-        Some(id) => Err(Error::Shape {
-            op: OP,
-            tensor: format!("target id {id}"),
-            found: vec![id.unsigned_abs() as usize],
-            expected: vec![vocab_size],
-        }),
-    }
 }

@@ -1,10 +1,12 @@
 //! Embedding, SwiGLU, the shared expert's gate: launchers.
 
+use super::check::VECTOR;
 use super::driver::{Grid, Kernel};
 use super::params::{
     EMBEDDING_THREADS, EmbeddingForwardParams, SHARED_EXPERT_THREADS, SWIGLU_THREADS,
     SharedExpertAddBackwardParams, SharedExpertAddForwardParams, SwigluBackwardParams,
 };
+use super::step::Limits;
 use super::{Gpu, check};
 use crate::error::{Error, Result};
 use crate::ops::StepState;
@@ -27,8 +29,6 @@ const SHARED_ADD_BACKWARD: Kernel = Kernel {
     name: "shared_expert_add_backward",
     threads: SHARED_EXPERT_THREADS,
 };
-/// Elements of a 16-byte access.
-pub(super) const VECTOR: usize = 8;
 
 /// Address and rows of a dense bf16 matrix of `width` columns; embeddings and heads are not quantised.
 pub(super) fn dense(op: &'static str, weight: &Weight, width: usize) -> Result<check::Rows> {
@@ -52,15 +52,11 @@ pub(super) fn embedding_forward(
     check::multiple(OP, "hidden_size", hidden, VECTOR)?;
     let out = check::rows(OP, out, DType::Bf16, hidden)?;
     let table = dense(OP, table, hidden)?;
-    let ids = &state.batch.input_ids;
-    if let Some(id) = ids.iter().find(|id| **id as usize >= table.capacity) {
-        return Err(Error::Shape {
-            op: OP,
-            tensor: "input_ids".to_owned(),
-            found: vec![*id as usize],
-            expected: vec![table.capacity],
-        });
-    }
+    let rows = Limits {
+        input_ids: table.capacity,
+        ..Limits::default()
+    };
+    gpu.limit(rows, state)?;
     let params = EmbeddingForwardParams {
         out: out.address,
         table: table.address,

@@ -88,6 +88,13 @@ pub(super) fn check_heads(op: &'static str, spec: DeltaSpec) -> Result<()> {
             });
         }
     }
+    let (heads, key_heads) = (spec.num_value_heads, spec.num_key_heads);
+    if key_heads == 0 || !heads.is_multiple_of(key_heads) {
+        return Err(Error::Unsupported {
+            what: format!("{op} with {heads} value heads and {key_heads} key heads"),
+            why: "each key head serves as many value heads as the others".to_owned(),
+        });
+    }
     Ok(())
 }
 

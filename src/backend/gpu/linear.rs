@@ -1,5 +1,6 @@
 //! Projections: frozen matrices with their adapters: launchers.
 
+use super::check::VECTOR;
 use super::driver::{Grid, Kernel};
 use super::lora::{self, AlignedRows, GradInputs, LoraArena, Modules};
 use super::params::{
@@ -82,8 +83,6 @@ const DEQUANTIZE: Kernel = Kernel {
     name: "nf4_dequantize",
     threads: NF4_THREADS,
 };
-/// Elements of a 16-byte access.
-const VECTOR: usize = 8;
 
 /// `matrix` as kernels take it.
 pub(super) fn nf4_weight(gpu: &Gpu, matrix: &Nf4Matrix) -> Result<Nf4Weight> {
@@ -168,6 +167,20 @@ impl Call {
         };
         call.xa = call.rows(xa, DType::Bf16, call.modules.xa_width)?;
         Ok(call)
+    }
+
+    /// Refuses tensors that are not one for each projection.
+    fn one_each(&self, tensor: &str, found: usize) -> Result<()> {
+        let expected = self.modules.each.len();
+        if found == expected {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op,
+            tensor: tensor.to_owned(),
+            found: vec![found],
+            expected: vec![expected],
+        })
     }
 
     /// Address of `tensor`, which must have the rows of x.
@@ -288,6 +301,7 @@ pub(super) fn forward(
     _: &StepState,
 ) -> Result<()> {
     let call = Call::new("linear_forward", x, xa, linears, lora)?;
+    call.one_each("outs", outs.len())?;
     let mut frame = gpu.scratch.frame();
     let mut params = call.params(gpu, call.xa)?;
     let widths: Vec<usize> = linears.iter().map(|linear| linear.out_features).collect();
@@ -420,6 +434,7 @@ pub(super) fn backward(
     _: &StepState,
 ) -> Result<()> {
     let call = Call::new("linear_backward", x, xa, linears, lora)?;
+    call.one_each("d_outs", d_outs.len())?;
     let mut frame = gpu.scratch.frame();
     let mut rows = Vec::with_capacity(linears.len());
     for (d_out, linear) in d_outs.iter().zip(linears) {
@@ -460,7 +475,7 @@ pub(super) fn backward(
     }
     let d_lora = LoraArena::new(call.op, d_lora)?;
     // The same places as in the adapter's own arena.
-    Modules::new(call.op, linears, &d_lora)?;
+    call.arena.expect_like(call.op, &d_lora)?;
     let inputs = GradInputs {
         x: call.x,
         xa: call.xa,

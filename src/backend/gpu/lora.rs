@@ -48,9 +48,36 @@ impl LoraArena {
             });
         }
         Ok(Self {
-            address: tensor.device_address()?,
+            address: check::exact(op, tensor, dtype, tensor.shape())?,
             is_bf16: u32::from(dtype == DType::Bf16),
             num_elements: tensor.len(),
+        })
+    }
+
+    /// Refuses `other` where it has not as many elements.
+    pub(super) fn expect_like(&self, op: &'static str, other: &Self) -> Result<()> {
+        if self.num_elements == other.num_elements {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op,
+            tensor: "d_lora".to_owned(),
+            found: vec![other.num_elements],
+            expected: vec![self.num_elements],
+        })
+    }
+
+    /// Refuses a pair that reaches beyond the arena, or that is not for a matrix of `dims` (out and in features).
+    pub(super) fn check(&self, op: &'static str, pair: &LoraPair, dims: [usize; 2]) -> Result<()> {
+        let end = pair.a_range().end.max(pair.b_range().end);
+        if end <= self.num_elements && [pair.out_features, pair.in_features] == dims {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op,
+            tensor: "lora".to_owned(),
+            found: vec![self.num_elements, pair.out_features, pair.in_features],
+            expected: vec![end, dims[0], dims[1]],
         })
     }
 }
@@ -72,16 +99,7 @@ impl Modules {
                 each.push(LoraModule::default());
                 continue;
             };
-            let in_arena = pair.a_range().end.max(pair.b_range().end) <= arena.num_elements;
-            let extents = [pair.out_features, pair.in_features];
-            if !in_arena || extents != [linear.out_features, linear.in_features] {
-                return Err(Error::Shape {
-                    op,
-                    tensor: "lora".to_owned(),
-                    found: vec![arena.num_elements, extents[0], extents[1]],
-                    expected: vec![pair.b_range().end, linear.out_features, linear.in_features],
-                });
-            }
+            arena.check(op, &pair, [linear.out_features, linear.in_features])?;
             each.push(module(op, &pair, xa_width)?);
             xa_width += pair.rank;
         }

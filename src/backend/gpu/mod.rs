@@ -30,7 +30,7 @@ mod route;
 mod scratch;
 mod step;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -38,8 +38,9 @@ use bytemuck::Pod;
 
 use self::driver::{Driver, Grid, Kernel, Recording};
 use self::scratch::Scratch;
-use self::step::StepBuffers;
+use self::step::{Limits, StepBuffers};
 use crate::error::{Error, Result};
+use crate::ops::StepState;
 use crate::store::nf4::dynamic;
 use crate::tensor::device::DeviceMemory;
 
@@ -50,6 +51,7 @@ pub struct Gpu {
     /// `[256]` f32: values of the codes of nested scales.
     dynamic_code: Arc<dyn DeviceMemory>,
     step: RefCell<Option<StepBuffers>>,
+    limits: Cell<Limits>,
     adamw: adamw::Buffers,
     scratch: Scratch,
     recordings: RefCell<BTreeMap<&'static str, Box<dyn Recording>>>,
@@ -66,6 +68,7 @@ impl Gpu {
         Ok(Self {
             dynamic_code,
             step: RefCell::new(None),
+            limits: Cell::default(),
             adamw: adamw::Buffers::new(&*driver)?,
             scratch: Scratch::new(Arc::clone(&driver)),
             recordings: RefCell::default(),
@@ -94,6 +97,15 @@ impl Gpu {
         }
     }
 
+    /// Refuses `state` where its numbers reach past `table`. What is planned is recorded later, and then made without its
+    /// launchers: there `load_batch` refuses.
+    fn limit(&self, table: Limits, state: &StepState) -> Result<()> {
+        if self.is_planning() {
+            self.limits.set(self.limits.get().and(table));
+        }
+        table.check(state)
+    }
+
     /// Whether ops only tell what scratch they need.
     fn is_planning(&self) -> bool {
         self.scratch.is_planning()
@@ -101,8 +113,11 @@ impl Gpu {
 
     /// Launches `kernel`; nothing for an empty grid.
     fn launch<P: Pod>(&self, kernel: Kernel, grid: Grid, params: &P) -> Result<()> {
-        if self.is_planning() || grid.blocks.contains(&0) {
+        if grid.blocks.contains(&0) {
             return Ok(());
+        }
+        if self.is_planning() {
+            return self.driver.check(kernel, grid);
         }
         self.driver.launch(kernel, grid, bytemuck::bytes_of(params))
     }

@@ -4,8 +4,9 @@ mod adapters;
 mod operands;
 
 use self::adapters::{LORA_PROJECT, LORA_PROJECT_BACKWARD};
-use self::operands::{ExpertWeights, Routed, arena};
+use self::operands::{ExpertWeights, Routed};
 use super::driver::{Grid, Kernel};
+use super::lora::LoraArena;
 use super::params::{
     MOE_COMBINE_THREADS, MOE_PARTS_PER_TILE, MOE_SHARED_DENSE, MOE_SHARED_NF4,
     MOE_SMALL_SHARED_DENSE, MOE_SMALL_SHARED_NF4, MOE_THREADS, MOE_TILE_COLS, MoeCombineParams,
@@ -44,8 +45,7 @@ struct Call<'a> {
     gpu: &'a Gpu,
     routed: Routed,
     experts: &'a Experts,
-    /// Arena of the adapters, and whether it is bf16.
-    lora: (u64, u32),
+    lora: LoraArena,
 }
 
 impl<'a> Call<'a> {
@@ -71,7 +71,7 @@ impl<'a> Call<'a> {
             gpu,
             routed: Routed::new(op, gpu, frame, routing)?,
             experts,
-            lora: arena(op, lora)?,
+            lora: LoraArena::new(op, lora)?,
         })
     }
 
@@ -92,6 +92,7 @@ impl<'a> Call<'a> {
         let lora = &self.experts.lora;
         let of = |weights, pair, first_column| ExpertWeights {
             op: self.op,
+            arena: &self.lora,
             weights,
             dims: [self.width(), self.hidden()],
             pair,
@@ -113,6 +114,7 @@ impl<'a> Call<'a> {
     fn down(&self, frame: &mut Frame<'_>, out: u64) -> Result<MoeProjection> {
         let down = ExpertWeights {
             op: self.op,
+            arena: &self.lora,
             weights: &self.experts.down,
             dims: [self.hidden(), self.width()],
             pair: self.experts.lora.down,
@@ -194,10 +196,10 @@ pub(super) fn gate_up_forward(
         h: call.routed.activation(OP, h, width)?,
         x,
         xa,
-        lora: call.lora.0,
+        lora: call.lora.address,
         in_features: call.u32("hidden_size", hidden)?,
         xa_width: call.u32("rank", xa_width)?,
-        lora_is_bf16: call.lora.1,
+        lora_is_bf16: call.lora.is_bf16,
         reserved: 0,
     };
     let tiles = width.div_ceil(MOE_TILE_COLS as usize / 2);
@@ -256,11 +258,11 @@ pub(super) fn gate_up_backward(
         rows: call.routed.rows,
         d_x: d_routed,
         d_xa,
-        lora: call.lora.0,
+        lora: call.lora.address,
         num_projections: 2,
         in_features: call.u32("hidden_size", hidden)?,
         xa_width: call.u32("rank", xa_width)?,
-        lora_is_bf16: call.lora.1,
+        lora_is_bf16: call.lora.is_bf16,
         ..MoeInputGradParams::default()
     };
     let tiles = hidden.div_ceil(MOE_TILE_COLS as usize);
@@ -297,10 +299,10 @@ pub(super) fn down_forward(
         rows: call.routed.rows,
         x: h,
         xa,
-        lora: call.lora.0,
+        lora: call.lora.address,
         in_features: call.u32("intermediate_size", width)?,
         xa_width: call.u32("rank", xa_width)?,
-        lora_is_bf16: call.lora.1,
+        lora_is_bf16: call.lora.is_bf16,
         ..MoeForwardParams::default()
     };
     let tiles = hidden.div_ceil(MOE_TILE_COLS as usize);
@@ -353,14 +355,14 @@ pub(super) fn down_backward(
         rows: call.routed.rows,
         d_x: d_h,
         d_xa,
-        lora: call.lora.0,
+        lora: call.lora.address,
         h,
         topk_weights: weights,
         partial: frame.take("partial", partial)?,
         num_projections: 1,
         in_features: call.u32("intermediate_size", width)?,
         xa_width: call.u32("rank", xa_width)?,
-        lora_is_bf16: call.lora.1,
+        lora_is_bf16: call.lora.is_bf16,
         is_gathered: 1,
         num_parts: call.u32("parts", num_parts)?,
     };

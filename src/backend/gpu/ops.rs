@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::step::StepBuffers;
+use super::driver::ALIGNMENT;
+use super::step::{Limits, StepBuffers};
 use super::{
     Gpu, adamw, attention, cross_entropy, delta_inputs, elementwise, gated_delta, gated_norm,
     linear, moe, nf4, norm, place, rope, route,
@@ -13,7 +14,7 @@ use crate::ops::{
     QkWeights, Routing, StepState, UpdateReport,
 };
 use crate::store::Weight;
-use crate::tensor::arena::Arena;
+use crate::tensor::arena::{Arena, Entry};
 use crate::tensor::{DType, Tensor};
 
 impl Ops for Gpu {
@@ -21,11 +22,14 @@ impl Ops for Gpu {
         DType::Bf16
     }
 
-    fn arena(&self) -> Arena {
+    fn arena(&self, plan: &Arena) -> Result<Arena> {
+        let aligned = |entry: &Entry| entry.num_bytes.next_multiple_of(ALIGNMENT);
+        let num_bytes = plan.ledger().iter().map(aligned).sum();
+        self.driver.reserve("buffers", num_bytes)?;
         let driver = Arc::clone(&self.driver);
-        Arena::new(Box::new(move |name, shape, dtype| {
+        Ok(Arena::new(Box::new(move |name, shape, dtype| {
             place::alloc(&*driver, name, shape, dtype)
-        }))
+        })))
     }
 
     fn free_memory(&self) -> Result<Option<u64>> {
@@ -56,6 +60,7 @@ impl Ops for Gpu {
         pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
     ) -> Result<usize> {
         self.recordings.borrow_mut().clear();
+        self.limits.set(Limits::default());
         let scratch = self.scratch.plan(|| pass(self))?;
         let step = StepBuffers::alloc(&*self.driver, capacity)?;
         let num_bytes = scratch + step.num_bytes();
@@ -71,6 +76,7 @@ impl Ops for Gpu {
             Some(step) if fits(step) || self.scratch.is_reserved() => step,
             step => step.insert(StepBuffers::alloc(&*self.driver, state.num_tokens())?),
         };
+        self.limits.get().check(state)?;
         step.write(state)
     }
 

@@ -1,7 +1,9 @@
 //! Norm of q and k per head, rotary embedding: launchers.
 
+use super::check::VECTOR;
 use super::driver::{Grid, Kernel};
 use super::params::{QK_NORM_ROPE_THREADS, QkNormRopeBackwardParams, QkNormRopeForwardParams};
+use super::step::Limits;
 use super::{Gpu, check};
 use crate::error::{Error, Result};
 use crate::ops::{AttentionSpec, QkWeights, StepState};
@@ -15,8 +17,6 @@ const BACKWARD: Kernel = Kernel {
     name: "qk_norm_rope_backward",
     threads: QK_NORM_ROPE_THREADS,
 };
-/// Dimensions that a lane takes.
-const VECTOR: usize = 8;
 /// A head's lanes are in one warp.
 const MAX_HEAD_DIM: usize = 256;
 
@@ -37,6 +37,7 @@ struct Layout {
 
 impl Layout {
     fn new(
+        gpu: &Gpu,
         op: &'static str,
         weights: QkWeights<'_>,
         spec: &AttentionSpec,
@@ -56,15 +57,11 @@ impl Layout {
         }
         let half = spec.rotary_dim / 2;
         let cos = check::rows(op, weights.cos, DType::F32, half)?;
-        let positions = &state.batch.position_ids;
-        if let Some(position) = positions.iter().find(|at| **at as usize >= cos.capacity) {
-            return Err(Error::Shape {
-                op,
-                tensor: weights.cos.name().to_owned(),
-                found: vec![cos.capacity, half],
-                expected: vec![*position as usize + 1, half],
-            });
-        }
+        let table = Limits {
+            positions: cos.capacity,
+            ..Limits::default()
+        };
+        gpu.limit(table, state)?;
         // Null: no norm.
         let weight = |weight: Option<&Tensor>| match (spec.qk_norm, weight) {
             (Some(_), Some(weight)) => check::exact(op, weight, DType::F32, &[head_dim]),
@@ -124,7 +121,7 @@ pub(super) fn forward(
     state: &StepState,
 ) -> Result<()> {
     const OP: &str = "qk_norm_rope_forward";
-    let layout = Layout::new(OP, weights, &spec, state)?;
+    let layout = Layout::new(gpu, OP, weights, &spec, state)?;
     let capacity = q.shape().first().copied().unwrap_or(0);
     let shapes = Shapes::new(&spec, capacity);
     let params = QkNormRopeForwardParams {
@@ -168,7 +165,7 @@ pub(super) fn backward(
     state: &StepState,
 ) -> Result<()> {
     const OP: &str = "qk_norm_rope_backward";
-    let layout = Layout::new(OP, weights, &spec, state)?;
+    let layout = Layout::new(gpu, OP, weights, &spec, state)?;
     let capacity = q_proj.shape().first().copied().unwrap_or(0);
     let shapes = Shapes::new(&spec, capacity);
     let params = QkNormRopeBackwardParams {

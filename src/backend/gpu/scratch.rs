@@ -3,12 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use super::driver::Driver;
+use super::driver::{ALIGNMENT, Driver};
 use crate::error::{Error, Result};
+use crate::tensor::PLANNED_ADDRESS;
 use crate::tensor::device::DeviceMemory;
-
-/// Alignment of every piece.
-const ALIGNMENT: usize = 256;
 
 /// Where the pieces come from.
 #[derive(Debug, Clone, Default)]
@@ -98,7 +96,7 @@ impl Frame<'_> {
                 self.singles.push(memory);
                 address
             }
-            Source::Planned => 0,
+            Source::Planned => PLANNED_ADDRESS,
             Source::Slab(slab) if end <= slab.num_bytes() => slab.address() + start as u64,
             Source::Slab(slab) => {
                 return Err(Error::OutOfMemory {

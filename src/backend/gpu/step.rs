@@ -11,6 +11,62 @@ use crate::tensor::device::DeviceMemory;
 /// Arrays of `capacity` words after the struct: ids, positions, sequence starts and ends, `cu_seqlens`, target rows and ids.
 const ARRAYS: usize = 7;
 
+/// How far the numbers of a batch may reach, as the tables of the ops say.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Rows of the embedding.
+    pub(super) input_ids: usize,
+    /// Rows of the head.
+    pub(super) target_ids: usize,
+    /// Rows of the rotary tables.
+    pub(super) positions: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            input_ids: usize::MAX,
+            target_ids: usize::MAX,
+            positions: usize::MAX,
+        }
+    }
+}
+
+impl Limits {
+    /// The narrower of each.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            input_ids: self.input_ids.min(other.input_ids),
+            target_ids: self.target_ids.min(other.target_ids),
+            positions: self.positions.min(other.positions),
+        }
+    }
+
+    /// Refuses a batch that reaches further: kernels read the tables at what it holds.
+    pub(super) fn check(self, state: &StepState) -> Result<()> {
+        let batch = &state.batch;
+        let largest = |values: &[u32]| values.iter().max().map_or(0, |value| *value as usize + 1);
+        let targets = state.target_rows().into_iter();
+        let targets = targets.map(|row| batch.target_ids[row].cast_unsigned());
+        let targets: Vec<u32> = targets.collect();
+        for (tensor, reach, limit) in [
+            ("input_ids", largest(&batch.input_ids), self.input_ids),
+            ("target_ids", largest(&targets), self.target_ids),
+            ("position_ids", largest(&batch.position_ids), self.positions),
+        ] {
+            if reach > limit {
+                return Err(Error::Shape {
+                    op: "load_batch",
+                    tensor: tensor.to_owned(),
+                    found: vec![reach],
+                    expected: vec![limit],
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Device memory for one micro-batch of up to `capacity` tokens.
 #[derive(Debug)]
 pub(super) struct StepBuffers {

@@ -1,8 +1,7 @@
 //! CUDA, through the driver API, which is loaded when a device is opened: the build links nothing.
 //!
-//! One context, one stream: everything happens in the order it was asked for. Every tensor is an allocation of its own,
-//! which lives as long as it: weights are placed one by one and once, buffers and scratch once per run, so no allocator
-//! of our own stands between. Writes go through a ring of pinned memory (`staging.rs`) and return once the bytes lie there;
+//! One context, one stream: everything happens in the order it was asked for. Weights are placed one by one, each an
+//! allocation that lives as long as it; all buffers of a run lie in one (`Driver::reserve`), the scratch in another. Writes go through a ring of pinned memory (`staging.rs`) and return once the bytes lie there;
 //! they wait for the device only where the ring is full. Reads wait. All kernels are loaded, and what they take is looked
 //! up, when the device is opened: later nothing is loaded lazily, also not while a graph is recorded.
 #![expect(
@@ -16,13 +15,13 @@ mod staging;
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUresult};
 
 use self::device::{Device, Work, describe, kernel_error, lock, memory_info};
-use super::{DeviceInfo, Driver, Grid, Kernel, Recording};
+use super::{ALIGNMENT, DeviceInfo, Driver, Grid, Kernel, Recording};
 use crate::error::Result;
 use crate::tensor::device::DeviceMemory;
 
@@ -43,6 +42,11 @@ pub struct Fatbins {
 #[cfg(kernels_cuda)]
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Code at an address that the driver reads its header from in whole words.
+#[cfg(kernels_cuda)]
+#[repr(align(64))]
+struct Aligned<const N: usize>([u8; N]);
+
 /// A build without nvcc has no kernels.
 #[cfg(not(kernels_cuda))]
 const FATBINS: Fatbins = Fatbins {
@@ -53,7 +57,19 @@ const FATBINS: Fatbins = Fatbins {
 
 /// A CUDA device.
 #[derive(Debug, Clone)]
-pub struct Cuda(Arc<Device>);
+pub struct Cuda {
+    device: Arc<Device>,
+    /// What `reserve` allocated and no one has yet.
+    reserved: Arc<Mutex<Option<Reserved>>>,
+}
+
+/// The rest of an allocation that the next ones come from.
+#[derive(Debug)]
+struct Reserved {
+    block: Arc<Block>,
+    start: usize,
+    num_bytes: usize,
+}
 
 impl Cuda {
     /// Opens the device `ordinal` with this build's kernels. With `is_synchronous` every launch is waited for, and recordings
@@ -97,7 +113,51 @@ impl Cuda {
         let mut device = Device::new(handle, is_synchronous).map_err(refuse)?;
         device.load(fatbins)?;
         device.reserve_staging()?;
-        Ok(Self(Arc::new(device)))
+        Ok(Self {
+            device: Arc::new(device),
+            reserved: Arc::default(),
+        })
+    }
+}
+
+impl Cuda {
+    fn block(&self, name: &str, num_bytes: usize) -> Result<Arc<Block>> {
+        let device = &self.device;
+        device.check_not_recording(&format!("`{name}` allocated"))?;
+        device.bind(name)?;
+        let mut address = 0;
+        // SAFETY: `address` is live for the call; the memory, which may not be empty, is freed by the owner made below.
+        let status = unsafe { sys::cuMemAlloc_v2(&raw mut address, num_bytes.max(1)) };
+        match status.result() {
+            Ok(()) => Ok(Arc::new(Block {
+                address,
+                device: Arc::clone(device),
+            })),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(report::out_of_memory(name, num_bytes, memory_info().ok()))
+            }
+            Err(error) => Err(device.failed(&format!("allocating `{name}`"), error)),
+        }
+    }
+
+    /// `num_bytes` of what was reserved, where there are as many left.
+    fn take_reserved(&self, num_bytes: usize) -> Option<CudaMemory> {
+        let mut reserved = lock(&self.reserved);
+        let rest = reserved.as_mut()?;
+        let taken = num_bytes.next_multiple_of(ALIGNMENT);
+        if taken > rest.num_bytes - rest.start {
+            return None;
+        }
+        let memory = CudaMemory {
+            address: rest.block.address + rest.start as u64,
+            num_bytes,
+            block: Arc::clone(&rest.block),
+        };
+        rest.start += taken;
+        if rest.start == rest.num_bytes {
+            *reserved = None;
+        }
+        Some(memory)
     }
 }
 
@@ -119,35 +179,47 @@ fn check_version(toolkit: (u32, u32)) -> Result<()> {
 
 impl Driver for Cuda {
     fn info(&self) -> DeviceInfo {
-        self.0.info.clone()
+        self.device.info.clone()
     }
 
     fn free_memory(&self) -> Result<Option<u64>> {
-        self.0.bind("free memory")?;
-        let (free, _) = memory_info().map_err(|error| self.0.failed("free memory", error))?;
+        let device = &self.device;
+        device.bind("free memory")?;
+        let (free, _) = memory_info().map_err(|error| device.failed("free memory", error))?;
         Ok(Some(free as u64))
     }
 
     fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>> {
-        self.0.bind(name)?;
-        let mut address = 0;
-        // SAFETY: `address` is live for the call; the memory, which may not be empty, is freed by the owner made below.
-        let status = unsafe { sys::cuMemAlloc_v2(&raw mut address, num_bytes.max(1)) };
-        match status.result() {
-            Ok(()) => Ok(Arc::new(CudaMemory {
-                address,
-                num_bytes,
-                device: Arc::clone(&self.0),
-            })),
-            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                Err(report::out_of_memory(name, num_bytes, memory_info().ok()))
-            }
-            Err(error) => Err(self.0.failed(&format!("allocating `{name}`"), error)),
+        if let Some(memory) = self.take_reserved(num_bytes) {
+            return Ok(Arc::new(memory));
         }
+        let block = self.block(name, num_bytes)?;
+        Ok(Arc::new(CudaMemory {
+            address: block.address,
+            num_bytes,
+            block,
+        }))
+    }
+
+    fn reserve(&self, name: &str, num_bytes: usize) -> Result<()> {
+        lock(&self.reserved).take();
+        if num_bytes > 0 {
+            let block = self.block(name, num_bytes)?;
+            *lock(&self.reserved) = Some(Reserved {
+                block,
+                start: 0,
+                num_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    fn check(&self, kernel: Kernel, grid: Grid) -> Result<()> {
+        self.device.function(kernel, grid).map(|_| ())
     }
 
     fn launch(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()> {
-        self.0.submit(Work::Launch {
+        self.device.submit(Work::Launch {
             kernel,
             grid,
             params: params.to_vec(),
@@ -155,38 +227,33 @@ impl Driver for Cuda {
     }
 
     fn zero(&self, address: u64, num_bytes: usize) -> Result<()> {
-        self.0.submit(Work::Zero { address, num_bytes })
+        self.device.submit(Work::Zero { address, num_bytes })
     }
 
     fn record(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>> {
-        let device = &self.0;
+        let device = &self.device;
         device.check_not_recording("a recording")?;
         device.bind("recording")?;
         if device.is_synchronous {
-            lock(&device.state).is_recording = true;
-            let result = body();
-            let mut state = lock(&device.state);
-            state.is_recording = false;
-            let work = std::mem::take(&mut state.recorded);
+            let recording = Recorder::begin(device);
+            body()?;
             let device = Arc::clone(device);
-            return result.map(|()| Box::new(Relaunch { device, work }) as Box<dyn Recording>);
+            let work = recording.end();
+            return Ok(Box::new(Relaunch { device, work }));
         }
         // Relaxed: other threads may allocate meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream lives until `drop`; the capture ends below.
-        let status = unsafe { sys::cuStreamBeginCapture_v2(device.stream, mode) };
-        status
+        // SAFETY: the stream lives until `drop`; the capture is ended by its owner.
+        unsafe { sys::cuStreamBeginCapture_v2(device.stream, mode) }
             .result()
             .map_err(|error| device.failed("recording", error))?;
-        lock(&device.state).is_recording = true;
-        let result = body();
-        lock(&device.state).is_recording = false;
-        let mut graph = null_mut();
-        // SAFETY: `graph` is live for the call; it is destroyed by its owner.
-        let ended = unsafe { sys::cuStreamEndCapture(device.stream, &raw mut graph) }.result();
-        let graph = Graph(graph);
-        result?;
-        ended.map_err(|error| device.failed("recording", error))?;
+        let capture = Capture(Some(device));
+        let recording = Recorder::begin(device);
+        body()?;
+        recording.end();
+        let graph = capture
+            .end()
+            .map_err(|error| device.failed("recording", error))?;
         let mut handle = null_mut();
         // SAFETY: the graph is whole; `handle` is live for the call and is destroyed by its owner.
         unsafe { sys::cuGraphInstantiateWithFlags(&raw mut handle, graph.0, 0) }
@@ -200,9 +267,60 @@ impl Driver for Cuda {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.0.check_not_recording("a wait")?;
-        self.0.bind("synchronize")?;
-        self.0.wait("synchronize")
+        self.device.check_not_recording("a wait")?;
+        self.device.bind("synchronize")?;
+        self.device.wait("synchronize")
+    }
+}
+
+/// While it lives the device records.
+struct Recorder<'a>(&'a Device);
+
+impl<'a> Recorder<'a> {
+    fn begin(device: &'a Device) -> Self {
+        lock(&device.state).is_recording = true;
+        Self(device)
+    }
+
+    /// What a synchronous device recorded.
+    fn end(self) -> Vec<Work> {
+        std::mem::take(&mut lock(&self.0.state).recorded)
+    }
+}
+
+impl Drop for Recorder<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.is_recording = false;
+        state.recorded.clear();
+    }
+}
+
+/// A capture of the stream, which is ended also where what was to be captured fails.
+struct Capture<'a>(Option<&'a Device>);
+
+impl Capture<'_> {
+    /// Ends it, once.
+    fn end(mut self) -> Result<Graph, DriverError> {
+        self.take()
+    }
+
+    fn take(&mut self) -> Result<Graph, DriverError> {
+        let mut graph = null_mut();
+        let Some(device) = self.0.take() else {
+            return Ok(Graph(graph));
+        };
+        // SAFETY: `graph` is live for the call; it is destroyed by its owner.
+        let ended = unsafe { sys::cuStreamEndCapture(device.stream, &raw mut graph) }.result();
+        let graph = Graph(graph);
+        ended.map(|()| graph)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        // What was captured is of no use; that it failed is told already.
+        let _ = self.take();
     }
 }
 
@@ -267,20 +385,39 @@ impl Recording for Relaunch {
     }
 }
 
+/// An allocation.
+#[derive(Debug)]
+struct Block {
+    address: u64,
+    device: Arc<Device>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if self.device.make_current().is_ok() {
+            // SAFETY: allocated in `block`, freed once; the driver waits for the work that may use it.
+            let _ = unsafe { sys::cuMemFree_v2(self.address) };
+        }
+    }
+}
+
 /// Memory of a CUDA device.
 #[derive(Debug)]
 struct CudaMemory {
     address: u64,
     num_bytes: usize,
-    device: Arc<Device>,
+    block: Arc<Block>,
 }
 
 impl CudaMemory {
-    fn check_copy(&self, offset: usize, num_bytes: usize) -> Result<()> {
-        self.device.check_not_recording("a copy")?;
+    /// The device, where `num_bytes` from `offset` on may be copied.
+    fn checked(&self, offset: usize, num_bytes: usize) -> Result<&Device> {
+        let device = &*self.block.device;
+        device.check_not_recording("a copy")?;
         let end = offset.checked_add(num_bytes);
         if end.is_some_and(|end| end <= self.num_bytes) {
-            return self.device.bind("copy");
+            device.bind("copy")?;
+            return Ok(device);
         }
         Err(kernel_error(format!(
             "copy of {num_bytes} bytes at {offset}, the memory has {}",
@@ -299,27 +436,18 @@ impl DeviceMemory for CudaMemory {
     }
 
     fn read(&self, offset: usize, out: &mut [u8]) -> Result<()> {
-        self.check_copy(offset, out.len())?;
-        self.device.read(self.address + offset as u64, out)
+        let device = self.checked(offset, out.len())?;
+        device.read(self.address + offset as u64, out)
     }
 
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
-        self.check_copy(offset, bytes.len())?;
-        self.device.write(self.address + offset as u64, bytes)
+        let device = self.checked(offset, bytes.len())?;
+        device.write(self.address + offset as u64, bytes)
     }
 
     fn zero(&self, offset: usize, num_bytes: usize) -> Result<()> {
-        self.check_copy(offset, num_bytes)?;
+        let device = self.checked(offset, num_bytes)?;
         let address = self.address + offset as u64;
-        self.device.submit(Work::Zero { address, num_bytes })
-    }
-}
-
-impl Drop for CudaMemory {
-    fn drop(&mut self) {
-        if self.device.make_current().is_ok() {
-            // SAFETY: allocated in `alloc`, freed once; the driver waits for the work that may use it.
-            let _ = unsafe { sys::cuMemFree_v2(self.address) };
-        }
+        device.submit(Work::Zero { address, num_bytes })
     }
 }

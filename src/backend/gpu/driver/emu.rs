@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use super::{DeviceInfo, Driver, Grid, Kernel, Recording};
+use super::{ALIGNMENT, DeviceInfo, Driver, Grid, Kernel, Recording};
 use crate::error::{Error, Result};
 use crate::tensor::device::DeviceMemory;
 
-/// Alignment of memory: what CUDA gives.
-const ALIGNMENT: usize = 256;
+/// Shared memory that a block may have: that of the smallest GPU the large tiles are made for, an A100.
+const MAX_SHARED_BYTES: u32 = 163 << 10;
 const GUARD_BYTES: usize = 256;
 const GUARD_BYTE: u8 = 0xa5;
 /// f32 and bf16 of these bits are NaN.
@@ -337,7 +337,31 @@ impl Driver for Emu {
         Ok(None)
     }
 
+    /// Each buffer keeps its own guard bands.
+    fn reserve(&self, _: &str, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn check(&self, kernel: Kernel, grid: Grid) -> Result<()> {
+        grid.check(kernel)?;
+        if grid.dynamic_shared_bytes <= MAX_SHARED_BYTES {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!(
+                "kernel {} with {} bytes of shared memory",
+                kernel.name, grid.dynamic_shared_bytes
+            ),
+            why: format!("a block has at most {MAX_SHARED_BYTES} on an A100"),
+        })
+    }
+
     fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>> {
+        if lock(&self.recorded).is_some() {
+            return Err(Error::Kernel {
+                reason: format!("`{name}` allocated inside a recording"),
+            });
+        }
         let refuse = || Error::OutOfMemory {
             reason: format!("`{name}` of {num_bytes} bytes does not fit into memory"),
         };
@@ -372,6 +396,7 @@ impl Driver for Emu {
     }
 
     fn launch(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()> {
+        self.check(kernel, grid)?;
         self.submit(Work::Launch {
             kernel,
             grid,

@@ -8,8 +8,11 @@ pub mod emu;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::device::DeviceMemory;
+
+/// Alignment of memory, in bytes: what CUDA gives.
+pub const ALIGNMENT: usize = 256;
 
 /// A kernel: its name in `kernels/*.cu` and the threads of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,28 @@ impl Grid {
     }
 }
 
+/// Blocks a grid may have along its second and third axis, on every CUDA device.
+const MAX_BLOCKS_ACROSS: u32 = 65_535;
+
+impl Grid {
+    /// Refuses what no device launches.
+    fn check(self, kernel: Kernel) -> Result<()> {
+        let [_, y, z] = self.blocks;
+        if y.max(z) <= MAX_BLOCKS_ACROSS {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!(
+                "kernel {} with a grid of {:?} blocks",
+                kernel.name, self.blocks
+            ),
+            why: format!(
+                "a grid has at most {MAX_BLOCKS_ACROSS} along its second and third axis; use fewer tokens per micro-batch"
+            ),
+        })
+    }
+}
+
 /// What a device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -102,6 +127,19 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory).
     fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>>;
+
+    /// All of the next allocations, `num_bytes` in all with each one's length rounded up to [`ALIGNMENT`], come from one; a device
+    /// that looks after each of them for itself does nothing here.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory).
+    fn reserve(&self, name: &str, num_bytes: usize) -> Result<()>;
+
+    /// Whether it could launch `kernel` like this.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::error::Error::Unsupported) naming the limit.
+    fn check(&self, kernel: Kernel, grid: Grid) -> Result<()>;
 
     /// Launches `kernel` with the bytes of its params struct. The addresses in `params` must be of live memory of this
     /// device that is large enough for what the kernel's header says; launchers check that.

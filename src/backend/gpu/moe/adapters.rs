@@ -1,12 +1,12 @@
 //! The experts' adapters: their narrow products and their gradients.
 
 use super::super::driver::{Grid, Kernel};
+use super::super::lora::LoraArena;
 use super::super::params::{
     MOE_LORA_GRAD_COLS, MOE_LORA_GRAD_SHARED, MOE_LORA_RANKS, MOE_LORA_THREADS, MoeLoraGradJob,
     MoeLoraGradsParams, MoeLoraProjectJob, MoeLoraProjectParams, MoeProjection,
 };
 use super::super::scratch::Frame;
-use super::operands::arena;
 use super::{Call, kernel};
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
@@ -50,9 +50,9 @@ impl Call<'_> {
         let mut params = MoeLoraProjectParams {
             rows: self.routed.rows,
             xa,
-            lora: self.lora.0,
+            lora: self.lora.address,
             xa_width: self.u32("rank", xa_width)?,
-            lora_is_bf16: self.lora.1,
+            lora_is_bf16: self.lora.is_bf16,
             ..MoeLoraProjectParams::default()
         };
         let (mut num_jobs, mut max_rank) = (0, 0);
@@ -87,13 +87,15 @@ impl Call<'_> {
         wides: &[[Wide; 2]],
         topk_weights: u64,
     ) -> Result<()> {
-        let (d_lora, d_lora_is_bf16) = arena(self.op, d_lora)?;
+        let d_lora = LoraArena::new(self.op, d_lora)?;
+        // The same places as in the adapter's own arena.
+        self.lora.expect_like(self.op, &d_lora)?;
         let mut params = MoeLoraGradsParams {
             rows: self.routed.rows,
-            d_lora,
+            d_lora: d_lora.address,
             topk_weights,
             xa_width: self.u32("rank", xa_width)?,
-            d_lora_is_bf16,
+            d_lora_is_bf16: d_lora.is_bf16,
             ..MoeLoraGradsParams::default()
         };
         let (mut num_jobs, mut num_tiles, mut max_rank) = (0, 0, 0);

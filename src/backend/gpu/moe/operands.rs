@@ -1,6 +1,7 @@
 //! What the experts' kernels are told: tiles of routed rows, and the weights and adapters of all experts.
 
 use super::super::driver::{Grid, Kernel};
+use super::super::lora::LoraArena;
 use super::super::params::{
     LinearProjection, LoraModule, MOE_SMALL_TILE_ROWS, MOE_TILE_ROWS, MOE_TILES_THREADS,
     MoeProjection, MoeRows, MoeTile, MoeTilesParams, NF4_BLOCKSIZE, NF4_ELEMENTS_PER_BLOCK,
@@ -25,9 +26,6 @@ const DEQUANTIZE: Kernel = Kernel {
 
 /// Rows per expert from which tiles of 128 rows waste less on their last one than tiles of 64 do on unpacking weights twice.
 const ROWS_FOR_LARGE_TILES: usize = 256;
-
-/// Blocks a grid may have along its second axis.
-const MAX_GRID_ROWS: u32 = 65_535;
 
 /// Routed rows as kernels take them, with addresses of the routing.
 pub(super) struct Routed {
@@ -63,13 +61,6 @@ impl Routed {
         };
         let num_experts = check::to_u32(op, "num_experts", experts)?;
         let max_tiles = num_rows.div_ceil(tile_rows) + num_experts;
-        if max_tiles > MAX_GRID_ROWS {
-            return Err(Error::Unsupported {
-                what: format!("{op} with {capacity} routed rows"),
-                why: "a grid has no room for their tiles; use fewer tokens per micro-batch"
-                    .to_owned(),
-            });
-        }
         let tiles = frame.take("tiles", max_tiles as usize * size_of::<MoeTile>())?;
         let params = MoeTilesParams {
             tiles,
@@ -125,26 +116,10 @@ impl Routed {
     }
 }
 
-/// Address and kind of an arena, whose elements are f32 or bf16.
-pub(super) fn arena(op: &'static str, lora: &Tensor) -> Result<(u64, u32)> {
-    let is_bf16 = lora.dtype() == DType::Bf16;
-    let dtype = if is_bf16 { DType::Bf16 } else { DType::F32 };
-    Ok((
-        check::exact(op, lora, dtype, lora.shape())?,
-        u32::from(is_bf16),
-    ))
-}
-
-/// A pair as kernels take it; without one, rank 0.
-fn module(op: &'static str, pair: Option<LoraPair>, first_column: usize) -> Result<LoraModule> {
-    pair.map_or(Ok(LoraModule::default()), |pair| {
-        lora::module(op, &pair, first_column)
-    })
-}
-
 /// One projection of all experts.
 pub(super) struct ExpertWeights<'a> {
     pub(super) op: &'static str,
+    pub(super) arena: &'a LoraArena,
     pub(super) weights: &'a [Weight],
     /// `[out_features, in_features]` of each.
     pub(super) dims: [usize; 2],
@@ -189,7 +164,7 @@ impl ExpertWeights<'_> {
         let mut projection = MoeProjection {
             expert0: LinearProjection {
                 out,
-                lora: module(self.op, self.pair, self.first_column)?,
+                lora: self.module()?,
                 out_features: check::to_u32(self.op, "width", out_features)?,
                 ..LinearProjection::default()
             },
@@ -202,6 +177,16 @@ impl ExpertWeights<'_> {
             _ => self.nf4(gpu, frame, &mut projection)?,
         }
         Ok(projection)
+    }
+
+    /// Expert 0's pair as kernels take it, rank 0 without one; the last expert's must lie in the arena too.
+    fn module(&self) -> Result<LoraModule> {
+        let last = self.weights.len().saturating_sub(1);
+        let (Some(pair), Some(of_last)) = (self.pair, self.lora.of(self.pair, last)) else {
+            return Ok(LoraModule::default());
+        };
+        self.arena.check(self.op, &of_last, self.dims)?;
+        lora::module(self.op, &pair, self.first_column)
     }
 
     fn dense(&self, projection: &mut MoeProjection) -> Result<()> {

@@ -28,7 +28,7 @@ const NAME_BYTES: c_int = 255;
 
 /// A loaded kernel and what it takes.
 #[derive(Debug, Clone, Copy)]
-struct Function {
+pub(super) struct Function {
     handle: sys::CUfunction,
     params_bytes: usize,
     max_threads: u32,
@@ -138,21 +138,26 @@ impl Device {
             let status = unsafe { sys::cuModuleLoadData(&raw mut module, code.as_ptr().cast()) };
             match status.result() {
                 Ok(()) => self.modules.push(module),
-                Err(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
-                    let DeviceInfo {
-                        name, capability, ..
-                    } = &self.info;
-                    return Err(report::no_binary(name, *capability, fatbins.archs));
+                Err(error) => {
+                    return Err(self.not_loaded(&format!("loading {file}"), error, fatbins));
                 }
-                Err(error) => return Err(self.failed(&format!("loading {file}"), error)),
             }
             for kernel in *kernels {
-                let function = function(module, kernel, limit)
-                    .map_err(|error| self.failed(&format!("loading kernel {kernel}"), error))?;
+                let function = function(module, kernel, limit).map_err(|error| {
+                    self.not_loaded(&format!("loading kernel {kernel}"), error, fatbins)
+                })?;
                 self.functions.insert(kernel, function);
             }
         }
         Ok(())
+    }
+
+    /// What to say of code that the driver did not take; one that loads lazily tells it of a kernel, not of its file.
+    fn not_loaded(&self, what: &str, error: DriverError, fatbins: Fatbins) -> Error {
+        if error.0 == CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU {
+            return report::no_binary(&self.info.name, self.info.capability, fatbins.archs);
+        }
+        self.failed(what, error)
     }
 
     pub(super) fn reserve_staging(&self) -> Result<()> {
@@ -251,10 +256,13 @@ impl Device {
         Ok(())
     }
 
-    fn run_kernel(&self, kernel: Kernel, grid: Grid, params: &[u8], what: &str) -> Result<()> {
+    /// The loaded `kernel`, where it can be launched like this.
+    pub(super) fn function(&self, kernel: Kernel, grid: Grid) -> Result<&Function> {
+        let what = || report::launch(kernel, grid);
         let function = self.functions.get(kernel.name);
         let function =
-            function.ok_or_else(|| kernel_error(format!("{what}: there is no such kernel")))?;
+            function.ok_or_else(|| kernel_error(format!("{}: there is no such kernel", what())))?;
+        grid.check(kernel)?;
         let limits = [
             ("threads", kernel.threads, function.max_threads),
             (
@@ -265,12 +273,17 @@ impl Device {
         ];
         for (unit, wanted, limit) in limits {
             if wanted > limit {
-                return Err(kernel_error(format!(
-                    "{what}: {wanted} {unit}, at most {limit} on {}",
-                    self.info.name
-                )));
+                return Err(Error::Unsupported {
+                    what: format!("{} with {wanted} {unit}", what()),
+                    why: format!("{} has at most {limit} of them for it", self.info.name),
+                });
             }
         }
+        Ok(function)
+    }
+
+    fn run_kernel(&self, kernel: Kernel, grid: Grid, params: &[u8], what: &str) -> Result<()> {
+        let function = self.function(kernel, grid)?;
         if params.len() != function.params_bytes {
             return Err(kernel_error(format!(
                 "{what}: {} bytes of params, the kernel takes {}",
@@ -312,15 +325,15 @@ impl Device {
             if let Some(start) = staging.ring.place(len) {
                 return Ok(start);
             }
-            let Some(event) = staging.ring.retire() else {
+            let Some(event) = staging.ring.oldest().copied() else {
                 return Err(kernel_error(format!("a piece of {len} bytes is too long")));
             };
-            staging.spare.push(event);
             // SAFETY: the event lives until `drop`.
             let status = unsafe { sys::cuEventSynchronize(event) };
             status
                 .result()
                 .map_err(|error| self.failed("waiting for a copy", error))?;
+            staging.spare.extend(staging.ring.retire());
         }
     }
 
@@ -339,11 +352,14 @@ impl Device {
             Some(event) => event,
             None => new_event().map_err(failed)?,
         };
-        staging.ring.push(start, piece.len(), event);
         // SAFETY: the event and the stream live until `drop`.
-        unsafe { sys::cuEventRecord(event, self.stream) }
-            .result()
-            .map_err(failed)
+        let recorded = unsafe { sys::cuEventRecord(event, self.stream) }.result();
+        staging.ring.push(start, piece.len(), event);
+        recorded.map_err(|error| {
+            // Without the event only this tells when the pinned bytes are free.
+            let _ = self.wait("copy to the device");
+            failed(error)
+        })
     }
 
     fn read_piece(&self, staging: &Staging, address: u64, piece: &mut [u8]) -> Result<()> {

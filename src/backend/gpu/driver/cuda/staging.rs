@@ -52,6 +52,11 @@ impl<T> Ring<T> {
         self.in_flight.push_back(Piece { start, done });
     }
 
+    /// What tells that the oldest piece is free.
+    pub(super) fn oldest(&self) -> Option<&T> {
+        self.in_flight.front().map(|piece| &piece.done)
+    }
+
     /// Gives back the oldest piece, whose copy the caller waits for before the bytes are used again.
     pub(super) fn retire(&mut self) -> Option<T> {
         self.in_flight.pop_front().map(|piece| piece.done)
