@@ -17,6 +17,7 @@ use std::sync::Arc;
 use brightrun::backend::cpu::Cpu;
 use brightrun::backend::gpu::Gpu;
 use brightrun::backend::gpu::driver::emu::{Emu, Order};
+use brightrun::data::Batch;
 use brightrun::ops::Ops;
 use brightrun::store::quantized::QuantizePolicy;
 use common::model::{Case, case_on, floats};
@@ -147,4 +148,39 @@ fn reruns_and_every_thread_order_give_the_same_bits() {
     assert!(first == run(Order::Forward));
     assert!(first == run(Order::Reversed));
     assert!(first == run(Order::Shuffled(3)));
+}
+
+/// A replayed recording runs no launcher: the batch itself is refused.
+#[test]
+fn a_batch_beyond_the_tables_is_refused_also_where_the_step_is_replayed() {
+    let mut case = plain(emu(), "qwen3");
+    let good = case.packed();
+    case.trainer.step(&good, 0, 1e-3).unwrap();
+    let vocab_size = u32::try_from(case.trainer.decoder().config.vocab_size).unwrap();
+    let change = |change: fn(&mut Batch, u32)| {
+        let mut bad = good.clone();
+        change(&mut bad.micro_batches[0], vocab_size);
+        bad
+    };
+    for (bad, tensor) in [
+        (
+            change(|batch, vocab| batch.input_ids[3] = vocab),
+            "input_ids",
+        ),
+        (
+            change(|batch, vocab| batch.target_ids[3] = vocab.cast_signed()),
+            "target_ids",
+        ),
+        (
+            change(|batch, _| batch.position_ids[3] = 1 << 20),
+            "position_ids",
+        ),
+    ] {
+        let error = case.trainer.step(&bad, 1, 1e-3).unwrap_err().to_string();
+        assert!(
+            error.contains("load_batch") && error.contains(tensor),
+            "{error}"
+        );
+    }
+    case.trainer.step(&good, 1, 1e-3).unwrap();
 }
