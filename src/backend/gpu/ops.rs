@@ -32,6 +32,10 @@ impl Ops for Gpu {
         self.driver.free_memory()
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize()
+    }
+
     fn place(&self, tensor: Tensor) -> Result<Tensor> {
         place::tensor(&*self.driver, &tensor)
     }
