@@ -12,11 +12,15 @@
 //! Errors of every op: [`Error::Shape`](crate::error::Error::Shape) where extents disagree,
 //! [`Error::DType`](crate::error::Error::DType) where an element type does.
 
+pub mod cost;
 pub mod dynamic_map;
 mod optimizer;
+pub mod trace;
+mod traced;
 mod types;
 
 pub use optimizer::{AdamWConstants, AdamWStep, MOMENTS_BLOCKSIZE, Moments, UpdateReport};
+pub use traced::Traced;
 pub use types::{
     AttentionSpec, DeltaSpec, DropoutState, Experts, ExpertsLora, GradOut, Linear, LoraPair,
     NormSpec, QkWeights, Routing, StepState,
@@ -43,6 +47,9 @@ pub trait Ops: std::fmt::Debug {
 
     /// Free bytes of this device's memory; `None` where it is the host's.
     fn free_memory(&self) -> Result<Option<u64>>;
+
+    /// Waits for everything that was asked for.
+    fn synchronize(&self) -> Result<()>;
 
     /// `tensor` in this device's memory, with the same elements.
     fn place(&self, tensor: Tensor) -> Result<Tensor>;

@@ -26,6 +26,10 @@ impl Ops for Cpu {
         Ok(None)
     }
 
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn place(&self, tensor: Tensor) -> Result<Tensor> {
         Ok(tensor)
     }

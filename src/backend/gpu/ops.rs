@@ -36,6 +36,10 @@ impl Ops for Gpu {
         self.driver.free_memory()
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize()
+    }
+
     fn place(&self, tensor: Tensor) -> Result<Tensor> {
         place::tensor(&*self.driver, &tensor)
     }
