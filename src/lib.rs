@@ -15,6 +15,7 @@ pub mod error;
 pub mod export;
 pub mod model;
 pub mod ops;
+pub mod plan;
 pub mod random;
 pub mod selftest;
 pub mod store;

@@ -3,6 +3,7 @@
 pub mod cpu;
 pub mod gpu;
 
+use self::gpu::driver::DeviceInfo;
 use crate::config::{Device, Env};
 use crate::error::{Error, Result};
 use crate::ops::Ops;
@@ -14,6 +15,8 @@ pub struct Opened {
     pub ops: Box<dyn Ops>,
     /// Which it is, and why, for a person.
     pub note: String,
+    /// What it is, where it runs the CUDA kernels.
+    pub info: Option<DeviceInfo>,
 }
 
 /// Opens the device a run asked for.
@@ -45,16 +48,20 @@ fn open_cpu(why: &str) -> Opened {
     Opened {
         ops: Box::new(cpu::Cpu::new()),
         note: format!("device: cpu{why}"),
+        info: None,
     }
 }
 
 #[cfg(kernels_emu)]
 fn open_emu() -> Result<Opened> {
+    use self::gpu::driver::Driver as _;
     use self::gpu::driver::emu::{Emu, Order};
     let driver = std::sync::Arc::new(Emu::new(Order::Forward));
+    let info = Some(driver.info());
     Ok(Opened {
         ops: Box::new(gpu::Gpu::new(driver)?),
         note: "device: emu, the CUDA kernels on the CPU (slow, for tests)".to_owned(),
+        info,
     })
 }
 
@@ -83,6 +90,7 @@ fn open_cuda(ordinal: usize, env: &Env) -> Result<Opened> {
     Ok(Opened {
         ops: Box::new(gpu::Gpu::new(std::sync::Arc::new(driver))?),
         note,
+        info: Some(info),
     })
 }
 

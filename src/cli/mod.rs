@@ -3,6 +3,7 @@
 mod check;
 mod console;
 mod export;
+mod plan;
 mod train;
 
 use std::path::PathBuf;
@@ -29,6 +30,8 @@ enum Command {
     Train(ConfigArguments),
     /// Check config and data sets without training: formats, what is left out and why, lengths, a masked sample.
     Check(ConfigArguments),
+    /// Tell from the base model's config.json whether a run fits, what it takes and what makes it fit.
+    Plan(PlanArguments),
     /// Write the adapter of a run in another form.
     Export(ExportArguments),
 }
@@ -52,6 +55,21 @@ impl ConfigArguments {
         let sets: Vec<String> = self.sets.iter().cloned().chain(device).collect();
         TrainConfig::load(&self.config, &sets)
     }
+}
+
+/// Exit code of what does not fit into memory.
+const DOES_NOT_FIT: u8 = 12;
+
+#[derive(Debug, clap::Args)]
+struct PlanArguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+    /// GPU to plan for: a size such as 80GB, or a name such as H100-80GB; by default where `device` runs on this machine.
+    #[arg(long, value_name = "GPU")]
+    gpu: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// What `export` writes.
@@ -86,6 +104,7 @@ pub(crate) fn run() -> ExitCode {
     let result = match &arguments.command {
         Command::Train(arguments) => train::run(arguments),
         Command::Check(arguments) => check::run(arguments),
+        Command::Plan(arguments) => plan::run(arguments),
         Command::Export(arguments) => export::run(arguments),
     };
     result.unwrap_or_else(|error| fail(&error))

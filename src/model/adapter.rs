@@ -277,15 +277,18 @@ impl AdapterLayout {
         })
     }
 
-    /// PEFT's initialisation: `A` uniform in `+-1/sqrt(in_features)`, `B` zero.
-    pub fn initialize(&self, values: &mut [f32], seed: u64) {
-        for module in &self.modules {
+    /// PEFT's initialisation: `A` uniform in `+-1/sqrt(in_features)`, `B` zero. Places and values of the `A`s, one by one: all of a
+    /// large adapter need not fit beside it.
+    pub fn initial_values(&self, seed: u64) -> impl Iterator<Item = (Range<usize>, Vec<f32>)> + '_ {
+        self.modules.iter().map(move |module| {
             let mut draws = Draws::new(seed, Stream::Init, u64::from(module.pair.module));
             let bound = 1.0 / (module.pair.in_features as f32).sqrt();
-            for value in &mut values[module.pair.a_range()] {
-                *value = bound * (2.0 * draws.next_f32() - 1.0);
-            }
-        }
+            let range = module.pair.a_range();
+            let values = range
+                .clone()
+                .map(|_| bound * (2.0 * draws.next_f32() - 1.0));
+            (range, values.collect())
+        })
     }
 }
 

@@ -14,6 +14,7 @@ use crate::config::model::{
 use crate::error::{Error, Result};
 use crate::ops::{AttentionSpec, DeltaSpec, Experts, Linear, NormSpec, Ops};
 use crate::store::Weight;
+use crate::store::quantized::{QuantizePolicy, QuantizedStore};
 use crate::tensor::{DType, Tensor};
 
 /// Where weights come from: a checkpoint, or random numbers.
@@ -144,41 +145,8 @@ pub fn load(
 /// # Errors
 /// [`Error::Config`] for a target that names no module.
 pub fn adapter_layout(config: &ModelConfig, settings: AdapterSettings) -> Result<AdapterLayout> {
-    Ok(load(config, &mut Shapes, settings, 1)?.adapter)
-}
-
-/// Weights that have a shape and nothing else.
-struct Shapes;
-
-impl WeightSource for Shapes {
-    fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
-        let tensor = Tensor::planned(name, &[out_features, in_features], DType::F32);
-        Ok(Weight::Dense(tensor))
-    }
-
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        Ok(Tensor::planned(name, shape, DType::F32))
-    }
-
-    fn experts(
-        &mut self,
-        prefix: &str,
-        num_experts: usize,
-        intermediate_size: usize,
-        hidden_size: usize,
-    ) -> Result<[Vec<Weight>; 3]> {
-        let (width, hidden) = (intermediate_size, hidden_size);
-        let mut all = |out: usize, cols: usize| -> Result<Vec<Weight>> {
-            (0..num_experts)
-                .map(|_| self.matrix(prefix, out, cols))
-                .collect()
-        };
-        Ok([
-            all(width, hidden)?,
-            all(width, hidden)?,
-            all(hidden, width)?,
-        ])
-    }
+    let mut shapes = QuantizedStore::shapes(DType::F32, QuantizePolicy::none());
+    Ok(load(config, &mut shapes, settings, 1)?.adapter)
 }
 
 struct Loader<'a> {
@@ -400,7 +368,7 @@ fn absent(section: &str) -> Error {
     }
 }
 
-impl WeightSource for crate::store::quantized::QuantizedStore {
+impl WeightSource for QuantizedStore {
     fn matrix(&mut self, name: &str, out_features: usize, in_features: usize) -> Result<Weight> {
         self.matrix(name, out_features, in_features)
     }

@@ -37,12 +37,7 @@ where
         (traced, trace)
     }
 
-    fn call<T>(
-        &self,
-        op: &'static str,
-        cost: Cost,
-        body: impl FnOnce() -> Result<T>,
-    ) -> Result<T> {
+    fn call<T>(&self, op: &'static str, cost: Cost, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut elapsed = Duration::ZERO;
         let value = match self.trace.mode() {
             Mode::Off => return body(),
@@ -83,8 +78,8 @@ where
         self.inner.activation_dtype()
     }
 
-    fn arena(&self) -> Arena {
-        self.inner.arena()
+    fn arena(&self, plan: &Arena) -> Result<Arena> {
+        self.inner.arena(plan)
     }
 
     fn free_memory(&self) -> Result<Option<u64>> {
@@ -112,7 +107,7 @@ where
         capacity: usize,
         pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
     ) -> Result<usize> {
-        self.inner.reserve(capacity, pass)
+        self.inner.reserve(capacity, &mut |_| pass(self))
     }
 
     fn load_batch(&self, state: &StepState) -> Result<()> {

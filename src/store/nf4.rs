@@ -11,7 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Elements that share a scale.
 pub const BLOCKSIZE: usize = 64;
@@ -178,6 +178,37 @@ impl Nf4Matrix {
             codes: Tensor::from_u8(format!("{name}.codes"), &[codes.len()], codes)?,
             absmax,
         })
+    }
+
+    /// A matrix that has a size but no memory.
+    pub fn planned(
+        name: &str,
+        [out_features, in_features]: [usize; 2],
+        double_quant: bool,
+    ) -> Self {
+        let len = out_features * in_features;
+        let num_blocks = len.div_ceil(BLOCKSIZE);
+        let absmax = format!("{name}.absmax");
+        let absmax = if double_quant {
+            Absmax::Nested {
+                codes: Tensor::planned(absmax, &[num_blocks], DType::U8),
+                nested_absmax: Tensor::planned(
+                    format!("{name}.nested_absmax"),
+                    &[num_blocks.div_ceil(dynamic::BLOCKSIZE)],
+                    DType::F32,
+                ),
+                offset: 0.0,
+            }
+        } else {
+            Absmax::Plain(Tensor::planned(absmax, &[num_blocks], DType::F32))
+        };
+        let codes = Tensor::planned(format!("{name}.codes"), &[len.div_ceil(2)], DType::U8);
+        Self {
+            out_features,
+            in_features,
+            codes,
+            absmax,
+        }
     }
 
     /// Borrows codes and scales for dequantising.

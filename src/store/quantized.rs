@@ -109,14 +109,23 @@ impl fmt::Display for WeightCounts {
     }
 }
 
+/// Where the elements come from.
+#[derive(Debug)]
+enum Source {
+    /// A checkpoint.
+    Checkpoint(Checkpoint),
+    /// Nowhere: names and shapes are checked against a checkpoint.
+    Survey(Checkpoint),
+    /// Nowhere: every shape that is asked for is there, stored as this.
+    Shapes(DType),
+}
+
 /// Hands out the weights of a checkpoint, quantising on the way. Nothing is held twice: a dense weight is a view of the
 /// mapped file, and of a quantised one only codes and scales stay.
 #[derive(Debug)]
 pub struct QuantizedStore {
-    checkpoint: Checkpoint,
+    source: Source,
     policy: QuantizePolicy,
-    /// Check and count only: what is handed out has a shape and no elements.
-    is_survey: bool,
     matched: Vec<bool>,
     asked: BTreeSet<String>,
     counts: WeightCounts,
@@ -125,31 +134,49 @@ pub struct QuantizedStore {
 impl QuantizedStore {
     /// Weights of `checkpoint` under `policy`.
     pub fn new(checkpoint: Checkpoint, policy: QuantizePolicy) -> Self {
+        Self::of(Source::Checkpoint(checkpoint), policy)
+    }
+
+    /// The same, without reading a weight: names, shapes and policy are checked, weights counted. What is handed out has a
+    /// shape and no elements.
+    pub fn survey(checkpoint: Checkpoint, policy: QuantizePolicy) -> Self {
+        Self::of(Source::Survey(checkpoint), policy)
+    }
+
+    /// Any weight that is asked for, stored as `dtype`, without elements: for what a config alone tells.
+    pub fn shapes(dtype: DType, policy: QuantizePolicy) -> Self {
+        Self::of(Source::Shapes(dtype), policy)
+    }
+
+    fn of(source: Source, policy: QuantizePolicy) -> Self {
         let matched = vec![false; policy.modules.len()];
         Self {
-            checkpoint,
+            source,
             policy,
-            is_survey: false,
             matched,
             asked: BTreeSet::new(),
             counts: WeightCounts::default(),
         }
     }
 
-    /// The same, without reading a weight: names, shapes and policy are checked, weights counted.
-    pub fn survey(checkpoint: Checkpoint, policy: QuantizePolicy) -> Self {
-        Self {
-            is_survey: true,
-            ..Self::new(checkpoint, policy)
+    fn checkpoint(&self) -> Option<&Checkpoint> {
+        match &self.source {
+            Source::Checkpoint(checkpoint) | Source::Survey(checkpoint) => Some(checkpoint),
+            Source::Shapes(_) => None,
         }
     }
 
     fn stored(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.asked.insert(name.to_owned());
-        if self.is_survey {
-            self.checkpoint.planned(name, shape)
-        } else {
-            self.checkpoint.tensor(name, shape)
+        match &self.source {
+            Source::Checkpoint(checkpoint) => {
+                self.asked.insert(name.to_owned());
+                checkpoint.tensor(name, shape)
+            }
+            Source::Survey(checkpoint) => {
+                self.asked.insert(name.to_owned());
+                checkpoint.planned(name, shape)
+            }
+            Source::Shapes(dtype) => Ok(Tensor::planned(name, shape, *dtype)),
         }
     }
 
@@ -175,7 +202,7 @@ impl QuantizedStore {
         let tensor = self.stored(name, shape)?;
         self.counts.num_dense += 1;
         self.counts.dense_bytes += tensor.len() * DType::F32.size();
-        if self.is_survey {
+        if tensor.is_planned() {
             return Ok(Tensor::planned(name, shape, DType::F32));
         }
         Tensor::from_f32(name, shape, tensor.to_f32_vec()?)
@@ -197,7 +224,7 @@ impl QuantizedStore {
         let (width, hidden) = (intermediate_size, hidden_size);
         let (mut gate, mut up, mut down) = (Vec::new(), Vec::new(), Vec::new());
         let fused = format!("{prefix}.gate_up_proj");
-        if self.checkpoint.contains(&fused) {
+        if self.checkpoint().is_some_and(|it| it.contains(&fused)) {
             let gate_up = self.stored(&fused, &[num_experts, 2 * width, hidden])?;
             let gate_up = gate_up.reshaped(&[num_experts * 2 * width, hidden])?;
             let downs = format!("{prefix}.down_proj");
@@ -241,8 +268,12 @@ impl QuantizedStore {
         self.matched[entry] = true;
         self.counts.num_nf4 += 1;
         self.counts.nf4_bytes += nf4::num_bytes(tensor.len(), self.policy.double_quant);
-        if self.is_survey {
-            return Ok(Weight::Dense(tensor));
+        if tensor.is_planned()
+            && let &[out_features, in_features] = tensor.shape()
+        {
+            let dims = [out_features, in_features];
+            let matrix = Nf4Matrix::planned(name, dims, self.policy.double_quant);
+            return Ok(Weight::Nf4(matrix));
         }
         let matrix = Nf4Matrix::from_tensor(&tensor, self.policy.double_quant)?;
         release(&tensor);
@@ -256,7 +287,8 @@ impl QuantizedStore {
     /// [`Error::Config`] naming an entry of `quantize_modules` that matched nothing; [`Error::Unsupported`] naming a tensor.
     pub fn verify(&self) -> Result<()> {
         let is_unused = |name: &&str| !self.asked.contains(*name) && !is_harmless(name);
-        let unused: Vec<&str> = self.checkpoint.names().filter(is_unused).collect();
+        let names = self.checkpoint().into_iter().flat_map(Checkpoint::names);
+        let unused: Vec<&str> = names.filter(is_unused).collect();
         if let [first, rest @ ..] = &unused[..] {
             let others = match rest.len() {
                 0 => String::new(),

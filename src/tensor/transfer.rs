@@ -16,6 +16,11 @@ impl Tensor {
         matches!(self.storage, Storage::Device { .. })
     }
 
+    /// Whether there are no elements, only their number.
+    pub fn is_planned(&self) -> bool {
+        matches!(self.storage, Storage::Planned)
+    }
+
     /// Where the elements begin in the device's memory; [`PLANNED_ADDRESS`] for a planned tensor.
     ///
     /// # Errors
@@ -121,19 +126,36 @@ impl Tensor {
                 expected: self.shape.clone(),
             });
         }
+        self.write_f32_at(0, values)
+    }
+
+    /// Sets the elements from `start` on, rounded where the tensor is bf16.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they leave the tensor; else as [`Self::write_f32`].
+    pub fn write_f32_at(&mut self, start: usize, values: &[f32]) -> Result<()> {
+        let end = start + values.len();
+        if end > self.len() {
+            return Err(Error::Shape {
+                op: "write",
+                tensor: self.name.clone(),
+                found: vec![end],
+                expected: self.shape.clone(),
+            });
+        }
         match (&mut self.storage, self.dtype) {
-            (Storage::F32(own), _) => own.copy_from_slice(values),
+            (Storage::F32(own), _) => own[start..end].copy_from_slice(values),
             (Storage::Bf16(own), _) => {
-                for (own, value) in own.iter_mut().zip(values) {
+                for (own, value) in own[start..end].iter_mut().zip(values) {
                     *own = bf16::from_f32(*value);
                 }
             }
             (Storage::Device { memory, offset }, DType::F32) => {
-                memory.write(*offset, bytemuck::cast_slice(values))?;
+                memory.write(*offset + 4 * start, bytemuck::cast_slice(values))?;
             }
             (Storage::Device { memory, offset }, DType::Bf16) => {
                 let values: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                memory.write(*offset, bytemuck::cast_slice(&values))?;
+                memory.write(*offset + 2 * start, bytemuck::cast_slice(&values))?;
             }
             _ => return Err(self.mismatch(DType::F32)),
         }

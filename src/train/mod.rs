@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod events;
+pub mod memory;
 mod metrics;
 mod prepare;
 mod run;
@@ -9,6 +10,6 @@ pub mod schedule;
 mod stop;
 pub mod trainer;
 
-pub use prepare::Prepared;
+pub use prepare::{Lengths, Prepared};
 pub use run::{Outcome, run, summary_of};
 pub use stop::StopFlag;

@@ -98,15 +98,12 @@ impl Prepared {
             ));
         }
         let packing = Dataset::packing(config);
-        let steps_per_epoch = packing.steps_per_epoch(&data.train);
-        let total_steps = config
-            .max_steps
-            .unwrap_or(config.num_epochs * steps_per_epoch);
-        let num_epochs = total_steps.div_ceil(steps_per_epoch);
-        let eval_packing = eval_packing(packing);
-        let capacity = packing
-            .max_tokens(&data.train, num_epochs)
-            .max(eval_packing.max_tokens(&data.eval, 1));
+        let Lengths {
+            steps_per_epoch,
+            total_steps,
+            capacity,
+            ..
+        } = Lengths::new(config, &data);
         Ok(Self {
             model_dir,
             model,
@@ -126,11 +123,50 @@ impl Prepared {
 
     /// Tokens of the longest sequence: positions the rotary tables need.
     pub fn num_positions(&self) -> usize {
-        let units = self.data.train.iter().chain(&self.data.eval);
-        units
-            .map(|unit: &Unit| unit.input_ids.len())
-            .max()
-            .unwrap_or(1)
+        num_positions(&self.data)
+    }
+}
+
+fn num_positions(data: &Dataset) -> usize {
+    let units = data.train.iter().chain(&data.eval);
+    units
+        .map(|unit: &Unit| unit.input_ids.len())
+        .max()
+        .unwrap_or(1)
+}
+
+/// How long a run and its passes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lengths {
+    /// Optimizer steps in an epoch.
+    pub steps_per_epoch: usize,
+    /// Optimizer steps of the whole run.
+    pub total_steps: usize,
+    /// Tokens of the longest pass.
+    pub capacity: usize,
+    /// Tokens of the longest sequence.
+    pub positions: usize,
+}
+
+impl Lengths {
+    /// Those of a run of `config` on `data`.
+    pub fn new(config: &TrainConfig, data: &Dataset) -> Self {
+        let packing = Dataset::packing(config);
+        let steps_per_epoch = packing.steps_per_epoch(&data.train);
+        let total_steps = config
+            .max_steps
+            .unwrap_or(config.num_epochs * steps_per_epoch);
+        let num_epochs = total_steps.div_ceil(steps_per_epoch);
+        let eval_packing = eval_packing(packing);
+        let capacity = packing
+            .max_tokens(&data.train, num_epochs)
+            .max(eval_packing.max_tokens(&data.eval, 1));
+        Self {
+            steps_per_epoch,
+            total_steps,
+            capacity,
+            positions: num_positions(data),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::config::{LoraDType, Optimizer, Recompute, TrainConfig};
 use crate::data::{Batch, StepBatches};
 use crate::error::{Error, Result};
+use crate::model::adapter::AdapterLayout;
 use crate::model::decoder::{Decoder, DecoderActs, DecoderTmp};
 use crate::model::{Pass, Rows};
 use crate::ops::{AdamWStep, DropoutState, Moments, Ops, StepState, UpdateReport};
@@ -103,14 +104,148 @@ impl AdapterState {
         })
     }
 
-    /// Sets the values; gradients and moments are zero.
-    fn begin(&mut self, values: &[f32]) -> Result<()> {
-        self.values.write_f32(values)?;
+    /// PEFT's initial values; gradients and moments are zero.
+    fn begin(&mut self, layout: &AdapterLayout, seed: u64) -> Result<()> {
+        self.values.zero()?;
+        for (range, values) in layout.initial_values(seed) {
+            self.values.write_f32_at(range.start, &values)?;
+        }
         self.grads.zero()?;
         for (_, tensor) in self.moments.tensors_mut() {
             tensor.zero()?;
         }
         Ok(())
+    }
+}
+
+/// All memory of a run but its base weights, for micro-batches of up to `capacity` tokens.
+#[derive(Debug)]
+pub struct Buffers {
+    adapter: AdapterState,
+    acts: DecoderActs,
+    tmp: DecoderTmp,
+    recompute: bool,
+    ledger: Arena,
+}
+
+/// What buffers are made for.
+#[derive(Debug, Clone, Copy)]
+pub struct BufferSettings {
+    /// Tokens of the longest micro-batch.
+    pub capacity: usize,
+    /// The optimizer's settings.
+    pub optimizer: OptimizerSettings,
+    /// Whether to keep all activations.
+    pub recompute: Recompute,
+}
+
+impl BufferSettings {
+    /// Whether activations are recomputed where `memory` bytes are free.
+    fn recomputes(self, decoder: &Decoder, activation: DType, memory: f64) -> Result<bool> {
+        Ok(match self.recompute {
+            Recompute::Full => true,
+            Recompute::None => false,
+            Recompute::Auto => {
+                let mut plan = Arena::plan();
+                decoder.alloc(&mut Rows::new(&mut plan, self.capacity, activation), false)?;
+                plan.num_bytes() as f64 > ACTIVATION_SHARE * memory
+            }
+        })
+    }
+
+    fn alloc(
+        self,
+        arena: &mut Arena,
+        decoder: &Decoder,
+        activation: DType,
+        recompute: bool,
+    ) -> Result<(AdapterState, DecoderActs, DecoderTmp)> {
+        let adapter = AdapterState::alloc(arena, decoder.adapter.len(), self.optimizer)?;
+        let mut rows = Rows::new(arena, self.capacity, activation);
+        let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
+        let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
+        Ok((adapter, acts, tmp))
+    }
+}
+
+impl Buffers {
+    /// The ledger of what they take where `memory` bytes are free, and whether activations are recomputed. Nothing is allocated.
+    ///
+    /// # Errors
+    /// Those of the arena.
+    pub fn plan(
+        decoder: &Decoder,
+        settings: BufferSettings,
+        activation: DType,
+        memory: f64,
+    ) -> Result<(Arena, bool)> {
+        let mut plan = Arena::plan();
+        let recompute = settings.recomputes(decoder, activation, memory)?;
+        settings.alloc(&mut plan, decoder, activation, recompute)?;
+        Ok((plan, recompute))
+    }
+
+    /// Allocates them in the memory of `ops`. Before it a step's calls are made once on planned tensors, in which the device
+    /// computes nothing; they are those of a step of `state`.
+    ///
+    /// # Errors
+    /// Those of the arena and of the ops.
+    pub fn alloc(
+        ops: &dyn Ops,
+        decoder: &Decoder,
+        settings: BufferSettings,
+        state: &StepState,
+    ) -> Result<Self> {
+        let BufferSettings {
+            capacity,
+            optimizer,
+            ..
+        } = settings;
+        let activation = ops.activation_dtype();
+        let memory = match ops.free_memory()? {
+            Some(num_bytes) => num_bytes as f64,
+            None => host_memory_bytes(),
+        };
+        let recompute = settings.recomputes(decoder, activation, memory)?;
+        let buffers = |arena: &mut Arena| settings.alloc(arena, decoder, activation, recompute);
+        let mut plan = Arena::plan();
+        let (mut adapter, mut acts, mut tmp) = buffers(&mut plan)?;
+        let mut step = |ops: &dyn Ops| {
+            let pass = Pass {
+                ops,
+                lora: &adapter.values,
+                state,
+            };
+            decoder.forward(pass, &mut acts, &mut tmp)?;
+            decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
+            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0, 0)).map(|_| ())
+        };
+        let scratch = ops.reserve(capacity, &mut step)?;
+        let mut ledger = ops.arena(&plan)?;
+        let (adapter, acts, tmp) = buffers(&mut ledger)?;
+        ledger.count("scratch", scratch);
+        Ok(Self {
+            adapter,
+            acts,
+            tmp,
+            recompute,
+            ledger,
+        })
+    }
+
+    /// Whether activations are recomputed in backward.
+    pub fn recomputes(&self) -> bool {
+        self.recompute
+    }
+
+    /// What was allocated.
+    pub fn ledger(&self) -> &Arena {
+        &self.ledger
+    }
+
+    /// The adapter's arenas.
+    pub fn adapter(&self) -> &AdapterState {
+        &self.adapter
     }
 }
 
@@ -141,45 +276,20 @@ impl Trainer {
         recompute: Recompute,
         seed: u64,
     ) -> Result<Self> {
-        let activation = ops.activation_dtype();
-        let recompute = match recompute {
-            Recompute::Full => true,
-            Recompute::None => false,
-            Recompute::Auto => {
-                let mut plan = Arena::plan();
-                decoder.alloc(&mut Rows::new(&mut plan, capacity, activation), false)?;
-                let memory = match ops.free_memory()? {
-                    Some(num_bytes) => num_bytes as f64,
-                    None => host_memory_bytes(),
-                };
-                plan.num_bytes() as f64 > ACTIVATION_SHARE * memory
-            }
+        let settings = BufferSettings {
+            capacity,
+            optimizer,
+            recompute,
         };
-        let buffers = |arena: &mut Arena| -> Result<_> {
-            let adapter = AdapterState::alloc(arena, decoder.adapter.len(), optimizer)?;
-            let mut rows = Rows::new(arena, capacity, activation);
-            let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
-            let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
-            Ok((adapter, acts, tmp))
-        };
-        let mut plan = Arena::plan();
-        let (mut adapter, mut acts, mut tmp) = buffers(&mut plan)?;
-        let scratch = ops.reserve(capacity, &mut |ops| {
-            let pass = Pass {
-                ops,
-                lora: &adapter.values,
-                state: &StepState::default(),
-            };
-            decoder.forward(pass, &mut acts, &mut tmp)?;
-            decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
-            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0, seed)).map(|_| ())
-        })?;
-        let mut memory = ops.arena(&plan)?;
-        let (mut adapter, acts, tmp) = buffers(&mut memory)?;
-        memory.count("scratch", scratch);
-        let mut values = vec![0.0; adapter.values.len()];
-        decoder.adapter.initialize(&mut values, seed);
-        adapter.begin(&values)?;
+        let state = StepState::default();
+        let Buffers {
+            mut adapter,
+            acts,
+            tmp,
+            recompute,
+            ledger,
+        } = Buffers::alloc(&*ops, &decoder, settings, &state)?;
+        adapter.begin(&decoder.adapter, seed)?;
         Ok(Self {
             ops,
             decoder,
@@ -189,7 +299,7 @@ impl Trainer {
             optimizer,
             seed,
             recompute,
-            memory,
+            memory: ledger,
         })
     }
 
@@ -420,7 +530,7 @@ fn update(
 }
 
 /// Physical memory of the machine, 8 GB where that cannot be told.
-fn host_memory_bytes() -> f64 {
+pub fn host_memory_bytes() -> f64 {
     const UNKNOWN: f64 = 8e9;
     let Ok(text) = fs_err::read_to_string("/proc/meminfo") else {
         return UNKNOWN;

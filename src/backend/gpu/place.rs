@@ -31,7 +31,9 @@ pub(super) fn alloc(
 /// The same elements on the device.
 pub(super) fn tensor(driver: &dyn Driver, tensor: &Tensor) -> Result<Tensor> {
     let mut placed = alloc(driver, tensor.name(), tensor.shape(), tensor.dtype())?;
-    placed.write_bytes(&tensor.bytes()?)?;
+    if !tensor.is_planned() {
+        placed.write_bytes(&tensor.bytes()?)?;
+    }
     Ok(placed)
 }
 
@@ -72,7 +74,9 @@ fn dense(driver: &dyn Driver, tensors: &[&Tensor]) -> Result<Vec<Weight>> {
     for (index, tensor) in tensors.iter().enumerate() {
         tensor.expect_shape("place", shape)?;
         let offset = index * stride;
-        if tensor.dtype() == DType::Bf16 {
+        if tensor.is_planned() {
+            // A place, and nothing to put there.
+        } else if tensor.dtype() == DType::Bf16 {
             memory.write(offset, &tensor.bytes()?)?;
         } else {
             let mut wide = vec![0.0; CHUNK.min(len)];
@@ -92,10 +96,7 @@ fn dense(driver: &dyn Driver, tensors: &[&Tensor]) -> Result<Vec<Weight>> {
 }
 
 fn nf4(driver: &dyn Driver, matrices: &[&Nf4Matrix]) -> Result<Vec<Weight>> {
-    let codes = matrices.iter().map(|matrix| {
-        let name = matrix.codes.name();
-        Ok((name, DType::U8, matrix.codes.bytes()?.into_owned()))
-    });
+    let codes = matrices.iter().map(|matrix| Part::of(&matrix.codes));
     let codes = stack(driver, &codes.collect::<Result<Vec<_>>>()?)?;
     let absmax = absmax(driver, matrices)?;
     let placed = matrices.iter().zip(codes).zip(absmax);
@@ -116,18 +117,21 @@ fn absmax(driver: &dyn Driver, matrices: &[&Nf4Matrix]) -> Result<Vec<Absmax>> {
     for matrix in matrices {
         match &matrix.absmax {
             Absmax::Plain(absmax) => {
-                plain.push((absmax.name(), DType::F32, absmax.bytes()?.into_owned()));
+                plain.push(Part::of(absmax)?);
             }
             Absmax::Nested {
                 codes,
                 nested_absmax,
                 offset,
             } => {
-                nested_codes.push((codes.name(), DType::U8, codes.bytes()?.into_owned()));
-                let scales = nested_absmax.to_f32_vec()?;
-                let with_offset: Vec<f32> = scales.iter().flat_map(|s| [*s, *offset]).collect();
-                let bytes = bytemuck::cast_slice(&with_offset).to_vec();
-                pairs.push((nested_absmax.name(), DType::F32, bytes));
+                nested_codes.push(Part::of(codes)?);
+                let mut scales = Part::of(nested_absmax)?;
+                scales.num_bytes *= 2;
+                scales.bytes = scales
+                    .bytes
+                    .map(|_| with_offset(nested_absmax, *offset))
+                    .transpose()?;
+                pairs.push(scales);
                 offsets.push(*offset);
             }
         }
@@ -139,7 +143,7 @@ fn absmax(driver: &dyn Driver, matrices: &[&Nf4Matrix]) -> Result<Vec<Absmax>> {
             .collect());
     }
     if !plain.is_empty() {
-        return Err(unequal(plain[0].0));
+        return Err(unequal(plain[0].name));
     }
     let placed = stack(driver, &nested_codes)?
         .into_iter()
@@ -153,18 +157,51 @@ fn absmax(driver: &dyn Driver, matrices: &[&Nf4Matrix]) -> Result<Vec<Absmax>> {
     Ok(placed.collect())
 }
 
-/// Tensors of one dimension and equal length, one after the other.
-fn stack(driver: &dyn Driver, parts: &[(&str, DType, Vec<u8>)]) -> Result<Vec<Tensor>> {
-    let (name, dtype, first) = &parts[0];
-    let stride = first.len().next_multiple_of(ALIGNMENT);
-    let memory = driver.alloc(name, stride * parts.len())?;
-    let place = |(index, (name, _, bytes)): (usize, &(&str, DType, Vec<u8>))| {
-        if bytes.len() != first.len() {
-            return Err(unequal(name));
+/// A tensor of one dimension to be placed beside others; without bytes where it is only planned.
+struct Part<'a> {
+    name: &'a str,
+    dtype: DType,
+    num_bytes: usize,
+    bytes: Option<Vec<u8>>,
+}
+
+impl<'a> Part<'a> {
+    fn of(tensor: &'a Tensor) -> Result<Self> {
+        let bytes = if tensor.is_planned() {
+            None
+        } else {
+            Some(tensor.bytes()?.into_owned())
+        };
+        Ok(Self {
+            name: tensor.name(),
+            dtype: tensor.dtype(),
+            num_bytes: tensor.num_bytes(),
+            bytes,
+        })
+    }
+}
+
+/// Each scale followed by the offset.
+fn with_offset(scales: &Tensor, offset: f32) -> Result<Vec<u8>> {
+    let scales = scales.to_f32_vec()?;
+    let pairs: Vec<f32> = scales.iter().flat_map(|scale| [*scale, offset]).collect();
+    Ok(bytemuck::cast_slice(&pairs).to_vec())
+}
+
+/// Parts of equal length, one after the other.
+fn stack(driver: &dyn Driver, parts: &[Part<'_>]) -> Result<Vec<Tensor>> {
+    let first = &parts[0];
+    let stride = first.num_bytes.next_multiple_of(ALIGNMENT);
+    let memory = driver.alloc(first.name, stride * parts.len())?;
+    let place = |(index, part): (usize, &Part<'_>)| {
+        if part.num_bytes != first.num_bytes {
+            return Err(unequal(part.name));
         }
-        memory.write(index * stride, bytes)?;
-        let len = bytes.len() / dtype.size();
-        on(&memory, name, &[len], *dtype, index * stride)
+        if let Some(bytes) = &part.bytes {
+            memory.write(index * stride, bytes)?;
+        }
+        let len = part.num_bytes / part.dtype.size();
+        on(&memory, part.name, &[len], part.dtype, index * stride)
     };
     parts.iter().enumerate().map(place).collect()
 }

@@ -4,6 +4,7 @@
 pub mod cuda;
 #[cfg(kernels_emu)]
 pub mod emu;
+pub mod planned;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -95,6 +96,32 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
+    /// Shared memory that a block may have, in bytes.
+    pub fn max_shared_bytes(&self) -> u32 {
+        const KIB: u32 = 1024;
+        match self.capability {
+            _ if self.is_desktop() => 99 * KIB,
+            (8, _) => 163 * KIB,
+            _ => 227 * KIB,
+        }
+    }
+
+    /// Refuses a launch that such a device does not take.
+    fn check(&self, kernel: Kernel, grid: Grid) -> Result<()> {
+        grid.check(kernel)?;
+        let limit = self.max_shared_bytes();
+        if grid.dynamic_shared_bytes <= limit {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!(
+                "kernel {} with {} bytes of shared memory",
+                kernel.name, grid.dynamic_shared_bytes
+            ),
+            why: format!("a block has at most {limit} on {}", self.name),
+        })
+    }
+
     /// Whether it is a GPU for desktops, whose blocks have at most 99 KB of shared memory.
     pub fn is_desktop(&self) -> bool {
         matches!(self.capability, (8, 6 | 9) | (12, _))
