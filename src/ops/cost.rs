@@ -525,8 +525,7 @@ pub fn linear_cross_entropy(
 /// zeroed.
 pub fn adamw(params: &Tensor, moments: &Moments, grads: &Tensor, token_loss: &Tensor) -> Cost {
     let moments: usize = moments.tensors().iter().map(|(_, t)| t.num_bytes()).sum();
-    let bytes =
-        2 * (params.num_bytes() + moments) + 3 * grads.num_bytes() + token_loss.num_bytes();
+    let bytes = 2 * (params.num_bytes() + moments) + 3 * grads.num_bytes() + token_loss.num_bytes();
     Cost {
         flops: 0,
         bytes: bytes as u64,

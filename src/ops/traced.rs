@@ -37,12 +37,7 @@ where
         (traced, trace)
     }
 
-    fn call<T>(
-        &self,
-        op: &'static str,
-        cost: Cost,
-        body: impl FnOnce() -> Result<T>,
-    ) -> Result<T> {
+    fn call<T>(&self, op: &'static str, cost: Cost, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut elapsed = Duration::ZERO;
         let value = match self.trace.mode() {
             Mode::Off => return body(),

@@ -13,6 +13,21 @@ impl Tensor {
         matches!(self.storage, Storage::Device { .. })
     }
 
+    /// Part of a device's memory that this tensor lies in, from `offset` bytes into it, as a tensor of its own; `None` where it lies
+    /// elsewhere or the part leaves it.
+    pub fn part(&self, name: &str, shape: &[usize], dtype: DType, offset: usize) -> Option<Self> {
+        let end = offset.checked_add(shape.iter().product::<usize>() * dtype.size())?;
+        match &self.storage {
+            Storage::Device {
+                memory,
+                offset: begin,
+            } if end <= self.num_bytes() => {
+                Self::on_device(name, shape, dtype, memory, begin + offset)
+            }
+            _ => None,
+        }
+    }
+
     /// Where the elements begin in the device's memory; 0 for a planned tensor, which no kernel is launched on.
     ///
     /// # Errors
