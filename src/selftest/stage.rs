@@ -299,3 +299,31 @@ fn padded(values: &[f32], len: usize) -> Vec<f32> {
     all.resize(len.max(values.len()), f32::NAN);
     all
 }
+
+#[cfg(all(test, kernels_emu))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::backend::gpu::Gpu;
+    use crate::backend::gpu::driver::emu::{Emu, Order};
+
+    #[test]
+    fn a_byte_before_or_after_a_tensor_is_seen_and_none_within() {
+        let gpu = Gpu::new(Arc::new(Emu::new(Order::Forward))).unwrap();
+        let stage = Stage::guarded(&gpu);
+        let tensor = stage.out_f32("out", &[3, 5]).unwrap();
+        assert_eq!((tensor.len(), stage.check_guards().unwrap()), (15, 1));
+        for (at, seen) in [(255, true), (256, false), (315, false), (316, true)] {
+            let mut whole = stage.guarded.as_ref().unwrap().borrow()[0].clone();
+            let intact = whole.bytes().unwrap().into_owned();
+            let mut bytes = intact.clone();
+            bytes[at] ^= 1;
+            whole.write_bytes(&bytes).unwrap();
+            assert_eq!(stage.check_guards().is_err(), seen, "byte {at}");
+            whole.write_bytes(&intact).unwrap();
+        }
+        let part = |offset| tensor.part("part", &[1], DType::F32, offset);
+        assert!(part(56).is_some() && part(57).is_none());
+    }
+}
