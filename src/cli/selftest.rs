@@ -15,11 +15,11 @@ use super::console::print;
 pub(super) fn run(arguments: &SelftestArguments) -> Result<ExitCode> {
     let cases = cases_of(arguments.op.as_deref().unwrap_or_default());
     if arguments.list {
-        let names = cases.iter().map(Case::name);
+        let names: Vec<String> = cases.iter().map(Case::name).collect();
         print(&if arguments.json {
-            format!("{}\n", json!(names.collect::<Vec<_>>()))
+            format!("{}\n", json!(names))
         } else {
-            names.map(|name| format!("{name}\n")).collect()
+            format!("{}\n", names.join("\n"))
         });
         return Ok(ExitCode::SUCCESS);
     }

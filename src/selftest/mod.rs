@@ -189,9 +189,11 @@ impl Case {
         for (label, ops) in subject.runs() {
             let stage = subject.stage(ops);
             let found = (self.run)(&stage).and_then(|found| Ok((found, stage.check_guards()?)));
-            let (found, num_guarded) = found.map_err(|error| match error {
-                Error::Kernel { reason } => self.failure(&format!("{label}: {reason}")),
-                other => other,
+            let (found, num_guarded) = found.map_err(|error| {
+                if let Error::Kernel { reason } = error {
+                    return self.failure(&format!("{label}: {reason}"));
+                }
+                error
             })?;
             match &mut first {
                 None => {

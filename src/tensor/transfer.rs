@@ -17,15 +17,17 @@ impl Tensor {
     /// elsewhere or the part leaves it.
     pub fn part(&self, name: &str, shape: &[usize], dtype: DType, offset: usize) -> Option<Self> {
         let end = offset.checked_add(shape.iter().product::<usize>() * dtype.size())?;
-        match &self.storage {
-            Storage::Device {
-                memory,
-                offset: begin,
-            } if end <= self.num_bytes() => {
-                Self::on_device(name, shape, dtype, memory, begin + offset)
-            }
-            _ => None,
+        let Storage::Device {
+            memory,
+            offset: begin,
+        } = &self.storage
+        else {
+            return None;
+        };
+        if end > self.num_bytes() {
+            return None;
         }
+        Self::on_device(name, shape, dtype, memory, begin + offset)
     }
 
     /// Where the elements begin in the device's memory; 0 for a planned tensor, which no kernel is launched on.
