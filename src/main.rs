@@ -1,4 +1,4 @@
-//! The command line: `brightrun train | check | export`.
+//! The command line: `brightrun train | check | export | selftest`.
 
 mod cli;
 

@@ -8,65 +8,26 @@
     reason = "a test's helper fails its test"
 )]
 
-mod common;
-
-use std::sync::Arc;
 use std::time::Instant;
 
 use brightrun::backend::cpu::Cpu;
-use brightrun::backend::gpu::Gpu;
-use brightrun::backend::gpu::driver::emu::Emu;
-use brightrun::selftest::{Case, cases};
-use common::device::ORDERS;
+use brightrun::selftest::{Subject, cases, cases_of};
 
 /// Runs the cases whose op begins with `prefix`.
 fn check(prefix: &str) {
-    let cases: Vec<Case> = cases()
-        .into_iter()
-        .filter(|case| case.op.starts_with(prefix))
-        .collect();
+    let cases = cases_of(prefix);
     assert!(!cases.is_empty(), "there is no case of {prefix}");
-    let failures: Vec<String> = cases.iter().flat_map(failures_of).collect();
-    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
-}
-
-fn failures_of(case: &Case) -> Vec<String> {
-    let begun = Instant::now();
+    let subjects = [Subject::new(Box::new(Cpu::new())), Subject::emu().unwrap()];
     let mut failures = Vec::new();
-    if let Err(error) = case.check(&Cpu::new()) {
-        failures.push(format!("cpu: {error}"));
-    }
-    let mut first = None;
-    // Sanitizers look at accesses, which are the same in every order.
-    let orders = if cfg!(kernels_sanitized) {
-        &ORDERS[..1]
-    } else {
-        &ORDERS[..]
-    };
-    for &order in orders {
-        let gpu = Gpu::new(Arc::new(Emu::new(order))).unwrap();
-        let found = match case.run(&gpu) {
-            Ok(found) => found,
-            Err(error) => {
-                failures.push(format!("emu {order:?}: {}: {error}", case.name()));
-                continue;
-            }
-        };
-        match &first {
-            None => {
-                if let Err(error) = case.compare(&found, true) {
-                    failures.push(format!("emu: {error}"));
-                }
-                first = Some(found);
-            }
-            Some(first) if *first == found => {}
-            Some(_) => failures.push(format!("emu {order:?}: {} has other bits", case.name())),
+    for case in &cases {
+        let begun = Instant::now();
+        let results = subjects.iter().map(|subject| case.check(subject));
+        failures.extend(results.filter_map(|result| Some(result.err()?.to_string())));
+        if std::env::var_os("SELFTEST_VERBOSE").is_some() {
+            eprintln!("{:6.2} s {case:?}", begun.elapsed().as_secs_f64());
         }
     }
-    if std::env::var_os("SELFTEST_VERBOSE").is_some() {
-        eprintln!("{:6.2} s {case:?}", begun.elapsed().as_secs_f64());
-    }
-    failures
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
 macro_rules! families {

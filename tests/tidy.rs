@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 14] = [
+const MAY_NAME: [(&str, &[&str]); 15] = [
     ("error", &[]),
     ("random", &[]),
     ("durable", &["error"]),
@@ -46,6 +46,12 @@ const MAY_NAME: [(&str, &[&str]); 14] = [
         &[
             "error", "random", "durable", "tensor", "store", "config", "data", "ops", "backend",
             "model", "export",
+        ],
+    ),
+    (
+        "plan",
+        &[
+            "error", "store", "config", "data", "ops", "backend", "train",
         ],
     ),
     ("lib", &[]),

@@ -67,11 +67,17 @@ fn open_emu() -> Result<Opened> {
 
 #[cfg(not(kernels_emu))]
 fn open_emu() -> Result<Opened> {
-    Err(Error::Unsupported {
+    Err(no_emu())
+}
+
+/// This build has no emulated device.
+#[cfg(not(kernels_emu))]
+pub(crate) fn no_emu() -> Error {
+    Error::Unsupported {
         what: "device `emu`".to_owned(),
         why: "this build is without the feature `emu`; build with it, or use `device: cpu`"
             .to_owned(),
-    })
+    }
 }
 
 #[cfg(feature = "cuda")]

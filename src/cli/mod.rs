@@ -4,12 +4,13 @@ mod check;
 mod console;
 mod export;
 mod plan;
+mod selftest;
 mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use brightrun::config::TrainConfig;
+use brightrun::config::{Device, TrainConfig};
 use brightrun::error::{Error, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -34,6 +35,8 @@ enum Command {
     Plan(PlanArguments),
     /// Write the adapter of a run in another form.
     Export(ExportArguments),
+    /// Check every op of a device against a reference: the first thing to run on a GPU.
+    Selftest(SelftestArguments),
 }
 
 /// A config and what is put over it.
@@ -98,6 +101,36 @@ struct ExportArguments {
     checkpoint: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct SelftestArguments {
+    /// Device to test: cpu, cuda, cuda:N, emu, or auto (CUDA where there is a GPU).
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
+    device: Device,
+    /// Only ops whose name begins with this.
+    #[arg(long, value_name = "NAME", value_parser = parse_op)]
+    op: Option<String>,
+    /// Name the cases; run nothing.
+    #[arg(long)]
+    list: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_device(text: &str) -> Result<Device, String> {
+    Device::parse(text).ok_or_else(|| "expected auto, cpu, cuda, cuda:N or emu".to_owned())
+}
+
+fn parse_op(text: &str) -> Result<String, String> {
+    if brightrun::selftest::cases_of(text).is_empty() {
+        let names = brightrun::selftest::op_names().join(", ");
+        return Err(format!(
+            "no op has a name that begins so; there are {names}"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
 /// Runs the command line of this process.
 pub(crate) fn run() -> ExitCode {
     let arguments = Arguments::parse();
@@ -106,6 +139,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Check(arguments) => check::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Selftest(arguments) => selftest::run(arguments),
     };
     result.unwrap_or_else(|error| fail(&error))
 }

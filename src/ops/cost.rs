@@ -7,7 +7,7 @@
 //!   a cache (rotary angles, the step's state).
 //! - Rows are the step's tokens; where the step is empty, as when a pass is planned, they are the capacity, as one sequence.
 //!
-//! So `max(flops / peak, bytes / bandwidth)` is the time no implementation beats. `docs/benchmarks.md` has the formulas in one table.
+//! So `max(flops / peak, bytes / bandwidth)` is the time no implementation beats.
 
 use std::iter::Sum;
 use std::ops::{Add, AddAssign};

@@ -141,7 +141,7 @@ fn is_broken(shape: Shape, step: u64) -> bool {
 }
 
 fn run(stage: &Stage<'_>, shape: Shape) -> Result<Outputs> {
-    let mut arena = stage.ops.arena(&Arena::plan())?;
+    let mut arena = stage.arena()?;
     let mut params = arena.alloc("params", &[shape.len], shape.params)?;
     params.write_f32(&values(shape.len, 1))?;
     let mut moments = Moments::alloc(&mut arena, shape.len, shape.in_8bit)?;

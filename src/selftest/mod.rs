@@ -24,8 +24,10 @@ mod norm;
 mod rope;
 mod route;
 mod stage;
+mod subject;
 
 pub use stage::Stage;
+pub use subject::{Subject, cases_of, op_names};
 
 use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -93,7 +95,7 @@ impl Outputs {
     }
 }
 
-type Run = dyn Fn(&Stage<'_>) -> Result<Outputs>;
+type RunCase = dyn Fn(&Stage<'_>) -> Result<Outputs>;
 type Oracle = dyn Fn() -> Outputs;
 
 /// One call of an op.
@@ -102,7 +104,7 @@ pub struct Case {
     pub op: &'static str,
     /// Shapes and variants.
     pub label: String,
-    run: Box<Run>,
+    run: Box<RunCase>,
     oracle: Box<Oracle>,
     naive: Option<Box<Oracle>>,
 }
@@ -118,6 +120,10 @@ impl std::fmt::Debug for Case {
 pub struct Report {
     /// One entry per result.
     pub errors: Vec<OutputError>,
+    /// Runs after the first that gave the same bits.
+    pub num_equal_reruns: usize,
+    /// Tensors between guard bands that were laid and found intact; 0 where the device does so itself.
+    pub num_guarded: usize,
 }
 
 /// Errors of one result, relative to the reference, and the limits they must keep.
@@ -173,20 +179,42 @@ impl Case {
         (self.run)(&Stage::new(ops))
     }
 
-    /// Runs the case on a device and holds it against the reference.
+    /// Runs the case on a device as often as the subject says, holds the first result against the reference and the others
+    /// against the first, and looks at the guard bands.
     ///
     /// # Errors
-    /// Those of the op; [`Error::Kernel`] naming the result that is too far off, not finite or not equal.
-    pub fn check(&self, ops: &dyn Ops) -> Result<Report> {
-        let found = self.run(ops)?;
-        self.compare(&found, ops.activation_dtype() == DType::Bf16)
+    /// Those of the op; [`Error::Kernel`] naming the result that is too far off, not finite, not equal or not the same again.
+    pub fn check(&self, subject: &Subject) -> Result<Report> {
+        let mut first: Option<(Outputs, Report)> = None;
+        for (label, ops) in subject.runs() {
+            let stage = subject.stage(ops);
+            let found = (self.run)(&stage).and_then(|found| Ok((found, stage.check_guards()?)));
+            let (found, num_guarded) = found.map_err(|error| {
+                if let Error::Kernel { reason } = error {
+                    return self.failure(&format!("{label}: {reason}"));
+                }
+                error
+            })?;
+            match &mut first {
+                None => {
+                    let in_bf16 = ops.activation_dtype() == DType::Bf16;
+                    let mut report = self.compare(&found, in_bf16)?;
+                    report.num_guarded = num_guarded;
+                    first = Some((found, report));
+                }
+                Some((first, report)) if *first == found => report.num_equal_reruns += 1,
+                Some(_) => return Err(self.failure(&format!("{label} gave other bits"))),
+            }
+        }
+        let report = first.map(|(_, report)| report);
+        report.ok_or_else(|| self.failure("no device ran it"))
     }
 
     /// Holds `found` against the reference.
     ///
     /// # Errors
     /// As [`Self::check`].
-    pub fn compare(&self, found: &Outputs, in_bf16: bool) -> Result<Report> {
+    fn compare(&self, found: &Outputs, in_bf16: bool) -> Result<Report> {
         let expected = (self.oracle)();
         let naive = match (&self.naive, in_bf16) {
             (_, false) => None,
@@ -205,7 +233,11 @@ impl Case {
             let naive = naive.as_ref().and_then(|naive| naive.0.get(index));
             errors.extend(self.compare_output(found, expected, naive)?);
         }
-        Ok(Report { errors })
+        Ok(Report {
+            errors,
+            num_equal_reruns: 0,
+            num_guarded: 0,
+        })
     }
 
     fn compare_output(

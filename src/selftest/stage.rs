@@ -1,5 +1,8 @@
 //! What a case works with: inputs on the device under test, results back from it.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use crate::data::{Batch, IGNORE_INDEX};
 use crate::error::{Error, Result};
 use crate::ops::{Ops, StepState};
@@ -9,11 +12,17 @@ use crate::store::nf4::Nf4Matrix;
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
+/// Bytes before and after each tensor that nothing may write; keeps the alignment that devices give.
+const GUARD_BYTES: usize = 256;
+const GUARD_BYTE: u8 = 0xa5;
+
 /// A device with a case on it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Stage<'a> {
     /// The device.
     pub ops: &'a dyn Ops,
+    /// Each tensor between its guard bands, if they are laid here.
+    guarded: Option<Rc<RefCell<Vec<Tensor>>>>,
 }
 
 /// `len` values drawn from a normal distribution, each one a bf16 number, so that placing them rounds nothing.
@@ -63,9 +72,63 @@ pub(super) fn state(lengths: &[usize], vocab_size: u32, seed: u64) -> StepState 
 }
 
 impl<'a> Stage<'a> {
-    /// A case on `ops`.
+    /// A case on `ops`, which watches over its memory itself.
     pub fn new(ops: &'a dyn Ops) -> Self {
-        Self { ops }
+        Self { ops, guarded: None }
+    }
+
+    /// A case on `ops`, with guard bands around every tensor in a device's memory.
+    pub fn guarded(ops: &'a dyn Ops) -> Self {
+        Self {
+            ops,
+            guarded: Some(Rc::default()),
+        }
+    }
+
+    /// Hands out the device's memory, between guard bands where they are laid here.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn arena(&self) -> Result<Arena> {
+        let arena = self.ops.arena(&Arena::plan())?;
+        let Some(guarded) = &self.guarded else {
+            return Ok(arena);
+        };
+        let (guarded, inner) = (Rc::clone(guarded), RefCell::new(arena));
+        Ok(Arena::new(Box::new(move |name, shape, dtype| {
+            let num_bytes = shape.iter().product::<usize>() * dtype.size();
+            let whole = [num_bytes + 2 * GUARD_BYTES];
+            let mut whole = inner.borrow_mut().alloc(name, &whole, DType::U8)?;
+            let Some(tensor) = whole.part(name, shape, dtype, GUARD_BYTES) else {
+                return inner.borrow_mut().alloc(name, shape, dtype);
+            };
+            whole.write_bytes(&vec![GUARD_BYTE; whole.num_bytes()])?;
+            guarded.borrow_mut().push(whole);
+            Ok(tensor)
+        })))
+    }
+
+    /// Tensors whose guard bands were looked at, all intact.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] naming a tensor that was written outside; those of the device.
+    pub fn check_guards(&self) -> Result<usize> {
+        let Some(guarded) = &self.guarded else {
+            return Ok(0);
+        };
+        for whole in guarded.borrow().iter() {
+            let bytes = whole.bytes()?;
+            let (before, rest) = bytes.split_at(GUARD_BYTES);
+            let after = &rest[rest.len() - GUARD_BYTES..];
+            for (band, place) in [(before, "before"), (after, "after")] {
+                if band.iter().any(|byte| *byte != GUARD_BYTE) {
+                    return Err(Error::Kernel {
+                        reason: format!("memory {place} `{}` was written", whole.name()),
+                    });
+                }
+            }
+        }
+        Ok(guarded.borrow().len())
     }
 
     /// Makes `state` the step that ops work on.
@@ -77,7 +140,7 @@ impl<'a> Stage<'a> {
     }
 
     fn filled(&self, name: &str, shape: &[usize], dtype: DType, values: &[f32]) -> Result<Tensor> {
-        let mut tensor = (self.ops.arena(&Arena::plan())?).alloc(name, shape, dtype)?;
+        let mut tensor = self.arena()?.alloc(name, shape, dtype)?;
         tensor.write_f32(values)?;
         Ok(tensor)
     }
@@ -131,8 +194,10 @@ impl<'a> Stage<'a> {
     /// # Errors
     /// [`Error::Shape`] if their number is not that of `shape`.
     pub fn u32(&self, name: &str, shape: &[usize], values: &[u32]) -> Result<Tensor> {
-        let tensor = Tensor::from_u32(name, shape, values.to_vec())?;
-        self.ops.place(tensor)
+        let values = Tensor::from_u32(name, shape, values.to_vec())?;
+        let mut tensor = self.arena().alloc(name, shape, DType::U32)?;
+        tensor.write_bytes(&values.bytes()?)?;
+        Ok(tensor)
     }
 
     /// A weight as stored.
@@ -237,4 +302,32 @@ fn padded(values: &[f32], len: usize) -> Vec<f32> {
     let mut all = values.to_vec();
     all.resize(len.max(values.len()), f32::NAN);
     all
+}
+
+#[cfg(all(test, kernels_emu))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::backend::gpu::Gpu;
+    use crate::backend::gpu::driver::emu::{Emu, Order};
+
+    #[test]
+    fn a_byte_before_or_after_a_tensor_is_seen_and_none_within() {
+        let gpu = Gpu::new(Arc::new(Emu::new(Order::Forward))).unwrap();
+        let stage = Stage::guarded(&gpu);
+        let tensor = stage.out_f32("out", &[3, 5]).unwrap();
+        assert_eq!((tensor.len(), stage.check_guards().unwrap()), (15, 1));
+        for (at, seen) in [(255, true), (256, false), (315, false), (316, true)] {
+            let mut whole = stage.guarded.as_ref().unwrap().borrow()[0].clone();
+            let intact = whole.bytes().unwrap().into_owned();
+            let mut bytes = intact.clone();
+            bytes[at] ^= 1;
+            whole.write_bytes(&bytes).unwrap();
+            assert_eq!(stage.check_guards().is_err(), seen, "byte {at}");
+            whole.write_bytes(&intact).unwrap();
+        }
+        let part = |offset| tensor.part("part", &[1], DType::F32, offset);
+        assert!(part(56).is_some() && part(57).is_none());
+    }
 }

@@ -21,6 +21,23 @@ impl Tensor {
         matches!(self.storage, Storage::Planned)
     }
 
+    /// Part of a device's memory that this tensor lies in, from `offset` bytes into it, as a tensor of its own; `None` where it lies
+    /// elsewhere or the part leaves it.
+    pub fn part(&self, name: &str, shape: &[usize], dtype: DType, offset: usize) -> Option<Self> {
+        let end = offset.checked_add(shape.iter().product::<usize>() * dtype.size())?;
+        let Storage::Device {
+            memory,
+            offset: begin,
+        } = &self.storage
+        else {
+            return None;
+        };
+        if end > self.num_bytes() {
+            return None;
+        }
+        Self::on_device(name, shape, dtype, memory, begin + offset)
+    }
+
     /// Where the elements begin in the device's memory; [`PLANNED_ADDRESS`] for a planned tensor.
     ///
     /// # Errors
