@@ -5,7 +5,6 @@ use super::{Case, Outputs};
 use crate::backend::cpu::Cpu;
 use crate::error::Result;
 use crate::ops::{AdamWStep, MOMENTS_BLOCKSIZE, Moments};
-use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 const STEPS: u64 = 3;

@@ -195,7 +195,7 @@ impl<'a> Stage<'a> {
     /// [`Error::Shape`] if their number is not that of `shape`.
     pub fn u32(&self, name: &str, shape: &[usize], values: &[u32]) -> Result<Tensor> {
         let values = Tensor::from_u32(name, shape, values.to_vec())?;
-        let mut tensor = self.arena().alloc(name, shape, DType::U32)?;
+        let mut tensor = self.arena()?.alloc(name, shape, DType::U32)?;
         tensor.write_bytes(&values.bytes()?)?;
         Ok(tensor)
     }
