@@ -69,9 +69,10 @@ fn the_80b_with_expert_adapters_of_rank_16_fits_one_80_gb_card() {
     assert_eq!(plan["fits"], true);
     assert_eq!(plan["capacity_tokens"], 16_384);
     assert!(plan["largest_capacity_tokens"].as_u64().unwrap() >= 16_384);
-    // 24.2 GFLOP a token with recompute at 4,096 tokens a sequence, and the adapters'.
+    // 2 x 3.56 B active weights forward, again for gradients and, less the head, again recomputed: 20.8 GFLOP a token; on top
+    // the adapters, attention at 4,096 tokens and the delta rule.
     let flops = plan["step_flops"].as_f64().unwrap() / 16_384.0;
-    assert!((24e9..30e9).contains(&flops), "{flops:e}");
+    assert!((22e9..26e9).contains(&flops), "{flops:e}");
 }
 
 #[test]

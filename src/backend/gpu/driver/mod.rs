@@ -133,7 +133,7 @@ pub trait Recording: Debug + Send + Sync {
     /// Makes all of them, in order.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    /// [`Error::Kernel`].
     fn replay(&self) -> Result<()>;
 }
 
@@ -146,50 +146,50 @@ pub trait Driver: Debug + Send + Sync {
     /// Free bytes of its memory; `None` where it is the host's.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    /// [`Error::Kernel`].
     fn free_memory(&self) -> Result<Option<u64>>;
 
     /// `num_bytes` of memory, not initialised; `name` is for messages.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory).
+    /// [`Error::OutOfMemory`].
     fn alloc(&self, name: &str, num_bytes: usize) -> Result<Arc<dyn DeviceMemory>>;
 
     /// All of the next allocations, `num_bytes` in all with each one's length rounded up to [`ALIGNMENT`], come from one; a device
     /// that looks after each of them for itself does nothing here.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::error::Error::OutOfMemory).
+    /// [`Error::OutOfMemory`].
     fn reserve(&self, name: &str, num_bytes: usize) -> Result<()>;
 
     /// Whether it could launch `kernel` like this.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::error::Error::Unsupported) naming the limit.
+    /// [`Error::Unsupported`] naming the limit.
     fn check(&self, kernel: Kernel, grid: Grid) -> Result<()>;
 
     /// Launches `kernel` with the bytes of its params struct. The addresses in `params` must be of live memory of this
     /// device that is large enough for what the kernel's header says; launchers check that.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    /// [`Error::Kernel`].
     fn launch(&self, kernel: Kernel, grid: Grid, params: &[u8]) -> Result<()>;
 
     /// Zeroes `num_bytes` from `address` on, which must lie in live memory of this device.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel).
+    /// [`Error::Kernel`].
     fn zero(&self, address: u64, num_bytes: usize) -> Result<()>;
 
     /// Records the launches and zeroings that `body` asks for, without making them. `body` copies nothing.
     ///
     /// # Errors
-    /// Those of `body`; [`Error::Kernel`](crate::error::Error::Kernel).
+    /// Those of `body`; [`Error::Kernel`].
     fn record(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recording>>;
 
     /// Waits for everything launched.
     ///
     /// # Errors
-    /// [`Error::Kernel`](crate::error::Error::Kernel) naming the launch that failed.
+    /// [`Error::Kernel`] naming the launch that failed.
     fn synchronize(&self) -> Result<()>;
 }
