@@ -105,11 +105,12 @@ impl Decoder {
         let layers = if recompute {
             // Layers of one kind share buffers.
             let kinds = &self.config.layers;
+            let ranks = self.ranks();
             let mut firsts: Vec<usize> = Vec::new();
             let mut of_layer = Vec::with_capacity(num_layers);
             for layer in 0..num_layers {
                 let known = firsts.iter().position(|first| {
-                    kinds[*first] == kinds[layer] && self.same_ranks(*first, layer)
+                    kinds[*first] == kinds[layer] && ranks[*first] == ranks[layer]
                 });
                 of_layer.push(known.unwrap_or(firsts.len()));
                 if known.is_none() {
@@ -133,17 +134,18 @@ impl Decoder {
         })
     }
 
-    /// Whether two layers' adapters have the same shapes.
-    fn same_ranks(&self, a: usize, b: usize) -> bool {
-        let ranks = |layer: usize| {
-            let prefix = format!("model.layers.{layer}.");
-            let modules = self.adapter.modules().iter();
-            let of_layer = modules.filter_map(move |module| {
-                Some((module.name.strip_prefix(&prefix)?, module.pair.rank))
-            });
-            of_layer.collect::<Vec<_>>()
-        };
-        ranks(a) == ranks(b)
+    /// Of each layer, its modules that have an adapter, and their ranks.
+    fn ranks(&self) -> Vec<Vec<(&str, usize)>> {
+        let mut ranks = vec![Vec::new(); self.blocks.len()];
+        for module in self.adapter.modules() {
+            let of_layer = module.name.strip_prefix("model.layers.");
+            let parts = of_layer.and_then(|rest| rest.split_once('.'));
+            let layer = parts.and_then(|(layer, name)| Some((layer.parse::<usize>().ok()?, name)));
+            if let Some((layer, name)) = layer.filter(|(layer, _)| *layer < ranks.len()) {
+                ranks[layer].push((name, module.pair.rank));
+            }
+        }
+        ranks
     }
 
     /// Temporaries.
