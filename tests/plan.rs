@@ -153,8 +153,8 @@ mod emulated {
     use brightrun::backend::gpu::Gpu;
     use brightrun::backend::gpu::driver::Driver;
     use brightrun::backend::gpu::driver::emu::{Emu, Order};
-    use brightrun::config::TrainConfig;
     use brightrun::config::model::ModelConfig;
+    use brightrun::config::{Recompute, TrainConfig};
     use brightrun::model::adapter::AdapterSettings;
     use brightrun::model::weights::{self, Placed};
     use brightrun::store::checkpoint::Checkpoint;
@@ -206,7 +206,17 @@ mod emulated {
         assert_eq!(planned, emu.ledger(), "{family} {settings}");
         assert_eq!(plan.recompute, trainer.recomputes());
         let bytes: usize = emu.ledger().iter().map(|(_, bytes)| bytes).sum();
-        assert_eq!(plan.num_bytes(), bytes as u64);
+        let bytes = bytes as u64;
+        assert_eq!(plan.num_bytes(), bytes);
+        let fits = |free| planner.check(emu.info(), free, CAPACITY, POSITIONS);
+        // Activations are kept or not by what is free.
+        if config.recompute == Recompute::Full {
+            fits(bytes).unwrap();
+        }
+        fits(2 * bytes).unwrap();
+        let error = fits(bytes / 4).unwrap_err();
+        assert_eq!(error.exit_code(), 12);
+        assert!(error.to_string().contains("brightrun plan"), "{error}");
     }
 
     #[test]

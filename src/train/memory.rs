@@ -9,7 +9,7 @@ use crate::backend::gpu::driver::planned::Planned;
 use crate::config::TrainConfig;
 use crate::config::model::ModelConfig;
 use crate::data::{Batch, IGNORE_INDEX};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::adapter::AdapterSettings;
 use crate::model::decoder::Decoder;
 use crate::model::weights::{self, Placed};
@@ -110,7 +110,7 @@ impl Planner {
     /// What the run takes on `target` with passes of `capacity` tokens, in sequences of `sequence_len`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::error::Error::Unsupported) for what its kernels do not take.
+    /// [`Error::Unsupported`] for what its kernels do not take.
     pub fn memory(&self, target: &Target, capacity: usize, sequence_len: usize) -> Result<Memory> {
         let weights: u64 = self.weights.iter().map(|(_, bytes)| *bytes as u64).sum();
         let free = target.num_bytes.saturating_sub(CONTEXT_BYTES + weights);
@@ -135,7 +135,34 @@ impl Planner {
         })
     }
 
-    /// The same on the CPU, whose activations are f32: weights are views of their file or NF4, and ops keep no scratch to
+    /// Refuses a run that does not fit into the `free` bytes of a device: before a weight is read.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] with the bytes; those of [`Self::memory`].
+    pub fn check(
+        &self,
+        info: DeviceInfo,
+        free: u64,
+        capacity: usize,
+        sequence_len: usize,
+    ) -> Result<()> {
+        let name = info.name.clone();
+        let target = Target {
+            info,
+            num_bytes: free + CONTEXT_BYTES,
+        };
+        let needed = self.memory(&target, capacity, sequence_len)?.num_bytes();
+        if needed <= free {
+            return Ok(());
+        }
+        let reason = format!(
+            "the run takes {needed} bytes for passes of {capacity} tokens, {free} are free on {name}; `brightrun plan` says what \
+             makes it fit"
+        );
+        Err(Error::OutOfMemory { reason })
+    }
+
+    /// What it takes on the CPU, whose activations are f32: weights are views of their file or NF4, and ops keep no scratch to
     /// speak of.
     ///
     /// # Errors

@@ -7,13 +7,12 @@ use fs_err as fs;
 
 use super::checkpoint::{Checkpoints, State};
 use super::events::{Event, Observer, StepMetrics};
-use super::memory::{CONTEXT_BYTES, Planner, Target};
+use super::memory::Planner;
 use super::metrics::MetricsFile;
 use super::prepare::{Prepared, eval_packing, settings};
 use super::schedule::Schedule;
 use super::stop::StopFlag;
 use super::trainer::{OptimizerSettings, StepReport, Trainer};
-use crate::backend::gpu::driver::DeviceInfo;
 use crate::config::{Env, LoraDType, Resume, TrainConfig};
 use crate::data::Batch;
 use crate::durable::Durable;
@@ -68,7 +67,8 @@ pub fn run(
     }
     let files = Durable::new(env.kill_at_write);
     if let (Some(info), Some(free)) = (device.info, device.ops.free_memory()?) {
-        check_memory(config, &prepared, info, free)?;
+        let (tokens, positions) = (prepared.capacity, prepared.num_positions());
+        Planner::new(config, &prepared.model, positions)?.check(info, free, tokens, positions)?;
     }
     fs::create_dir_all(&config.output_dir)?;
     let _lock = lock(&config.output_dir)?;
@@ -87,35 +87,6 @@ fn check_device(config: &TrainConfig, ops: &dyn Ops) -> Result<()> {
         });
     }
     Ok(())
-}
-
-/// Refuses a run that does not fit into what is free on its device, before a weight is read.
-fn check_memory(
-    config: &TrainConfig,
-    prepared: &Prepared,
-    info: DeviceInfo,
-    free: u64,
-) -> Result<()> {
-    let positions = prepared.num_positions();
-    let planner = Planner::new(config, &prepared.model, positions)?;
-    let name = info.name.clone();
-    let target = Target {
-        info,
-        num_bytes: free + CONTEXT_BYTES,
-    };
-    let needed = planner
-        .memory(&target, prepared.capacity, positions)?
-        .num_bytes();
-    if needed <= free {
-        return Ok(());
-    }
-    let reason = format!(
-        "the run takes {:.2} GB for passes of {} tokens, {:.2} GB are free on {name}; `brightrun plan` says what makes it fit",
-        needed as f64 / 1e9,
-        prepared.capacity,
-        free as f64 / 1e9,
-    );
-    Err(Error::OutOfMemory { reason })
 }
 
 /// Keeps other runs out of an output directory while the returned file is open.
