@@ -14,7 +14,7 @@ use serde_json::Value;
 
 /// A config on the true Qwen3-Next-80B, without weights and data.
 fn large(dir: &Path, settings: &str) -> std::path::PathBuf {
-    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen3-next-80b");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/models/qwen3-next-80b");
     let path = dir.join("train.yml");
     let text = format!(
         "base_model: {:?}\ndatasets: [{{path: absent.jsonl}}]\noutput_dir: {:?}\nlora_r: 16\n{settings}",

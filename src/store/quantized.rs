@@ -73,6 +73,16 @@ impl QuantizePolicy {
         }
     }
 
+    /// Whether `module` becomes NF4.
+    pub fn quantizes(&self, module: &str) -> bool {
+        self.matching(module).is_some()
+    }
+
+    /// Whether scales become 8 bits too.
+    pub fn double_quant(&self) -> bool {
+        self.double_quant
+    }
+
     /// Index of the entry that names `module`.
     fn matching(&self, module: &str) -> Option<usize> {
         self.modules.iter().position(|suffix| {

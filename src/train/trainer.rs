@@ -328,6 +328,14 @@ impl Trainer {
         self.recompute
     }
 
+    /// Free bytes of the device; `None` where its memory is the host's.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn free_memory(&self) -> Result<Option<u64>> {
+        self.ops.free_memory()
+    }
+
     /// The buffers it allocated.
     pub fn memory(&self) -> &Arena {
         &self.memory

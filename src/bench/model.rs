@@ -1,0 +1,198 @@
+//! The run that is measured: a model's shape, its adapter, its batch.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use serde_json::{Value, json};
+
+use super::weights::BenchWeights;
+use crate::backend::Opened;
+use crate::config::model::ModelConfig;
+use crate::config::{AdapterKind, TrainConfig};
+use crate::data::{Batch, IGNORE_INDEX, StepBatches};
+use crate::error::{Error, Result};
+use crate::model::adapter::AdapterSettings;
+use crate::model::weights::{self, Placed};
+use crate::ops::trace::Trace;
+use crate::ops::{Ops, Traced};
+use crate::random::{Draws, Stream};
+use crate::store::quantized::QuantizePolicy;
+use crate::train::memory::Planner;
+use crate::train::trainer::{OptimizerSettings, Trainer};
+
+/// Models whose shape is built in.
+const BUILT_IN: [(&str, &str); 2] = [
+    (
+        "qwen3-next-80b",
+        include_str!("../../benches/models/qwen3-next-80b/config.json"),
+    ),
+    (
+        "qwen2.5-0.5b",
+        include_str!("../../benches/models/qwen2.5-0.5b/config.json"),
+    ),
+];
+
+/// What `--small` makes of a model: every op is still there.
+const SMALL: [(&str, usize); 16] = [
+    ("hidden_size", 64),
+    ("intermediate_size", 96),
+    ("vocab_size", 320),
+    ("num_hidden_layers", 4),
+    ("num_attention_heads", 4),
+    ("num_key_value_heads", 2),
+    ("head_dim", 32),
+    ("linear_num_key_heads", 2),
+    ("linear_num_value_heads", 4),
+    ("linear_key_head_dim", 16),
+    ("linear_value_head_dim", 16),
+    ("num_experts", 8),
+    ("num_experts_per_tok", 2),
+    ("moe_intermediate_size", 64),
+    ("shared_expert_intermediate_size", 64),
+    ("max_position_embeddings", 4096),
+];
+
+/// What is measured.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Adapter, optimizer, recompute.
+    pub config: TrainConfig,
+    /// Tokens of a pass.
+    pub tokens: usize,
+    /// Tokens of a sequence.
+    pub sequence_len: usize,
+    /// Layers; `None`: the model's.
+    pub layers: Option<usize>,
+}
+
+/// The shape of a built-in model, or of that in a directory or file. `is_small`: with small extents.
+///
+/// # Errors
+/// [`Error::Missing`] naming the models that are built in; those of the file.
+pub fn model(name: &str, is_small: bool) -> Result<ModelConfig> {
+    let built_in = BUILT_IN.iter().find(|(known, _)| *known == name);
+    let path = Path::new(name);
+    let file = if path.is_dir() {
+        path.join("config.json")
+    } else {
+        path.to_owned()
+    };
+    let (text, origin) = match built_in {
+        Some((_, text)) => ((*text).to_owned(), Path::new(name).to_owned()),
+        None if file.is_file() => (fs_err::read_to_string(&file)?, file),
+        None => {
+            let known: Vec<&str> = BUILT_IN.iter().map(|(known, _)| *known).collect();
+            return Err(Error::Missing {
+                what: format!("model `{name}` (built in: {})", known.join(", ")),
+                tried: vec![file],
+            });
+        }
+    };
+    if !is_small {
+        return ModelConfig::from_json(&text, origin);
+    }
+    let mut json: Value =
+        serde_json::from_str(&text).map_err(|error| Error::format(&origin, error.to_string()))?;
+    for (key, extent) in SMALL {
+        if json.get(key).is_some() {
+            json[key] = json!(extent);
+        }
+    }
+    ModelConfig::from_json(&json.to_string(), origin)
+}
+
+/// A trainer on random weights, the trace of its ops (off), and what it trains.
+pub(super) struct Subject {
+    pub(super) trainer: Trainer,
+    pub(super) trace: Rc<Trace>,
+    pub(super) batches: StepBatches,
+    /// Bytes the device gave, base weights and buffers; the ledger's where it cannot be asked.
+    pub(super) device_bytes: u64,
+}
+
+impl Subject {
+    /// Builds it on `opened`, if it fits there.
+    pub(super) fn new(opened: Opened, model: &ModelConfig, settings: &Settings) -> Result<Self> {
+        let mut model = model.clone();
+        if let Some(layers) = settings.layers {
+            if layers == 0 || layers > model.layers.len() {
+                return Err(Error::Config {
+                    origin: "--layers".to_owned(),
+                    reason: format!("is {layers}, the model has 1 to {}", model.layers.len()),
+                });
+            }
+            model.layers.truncate(layers);
+        }
+        let (config, capacity) = (&settings.config, settings.tokens);
+        let free = opened.ops.free_memory()?;
+        if let (Some(info), Some(free)) = (opened.info, free) {
+            let planner = Planner::new(config, &model, settings.sequence_len)?;
+            planner.check(info, free, capacity, settings.sequence_len)?;
+        }
+        let policy = match config.adapter {
+            AdapterKind::Qlora => QuantizePolicy::defaults(config.bnb_4bit_use_double_quant),
+            AdapterKind::Lora => QuantizePolicy::none(),
+        };
+        let (traced, trace) = Traced::new(opened.ops);
+        let ops: Box<dyn Ops> = Box::new(traced);
+        let mut source = BenchWeights::new(policy, config.seed);
+        let mut placed = Placed {
+            source: &mut source,
+            ops: &*ops,
+        };
+        let adapter = AdapterSettings::new(config);
+        let decoder = weights::load(&model, &mut placed, adapter, settings.sequence_len)?;
+        let optimizer = OptimizerSettings::new(config);
+        let trainer = Trainer::new(
+            ops,
+            decoder,
+            optimizer,
+            capacity,
+            config.recompute,
+            config.seed,
+        )?;
+        let taken = match (free, trainer.free_memory()?) {
+            (Some(before), Some(after)) => before.saturating_sub(after),
+            _ => trainer.memory().num_bytes() as u64,
+        };
+        Ok(Self {
+            trainer,
+            trace,
+            batches: batches(settings, model.vocab_size),
+            device_bytes: taken,
+        })
+    }
+}
+
+/// One micro-batch of random tokens; every one but the last of each sequence is a target.
+fn batches(settings: &Settings, vocab_size: usize) -> StepBatches {
+    let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let (tokens, sequence_len) = (settings.tokens, settings.sequence_len);
+    let mut draws = Draws::new(settings.config.seed, Stream::Synthetic, 1);
+    let input_ids: Vec<u32> = (0..tokens)
+        .map(|_| draws.next_u32() % word(vocab_size))
+        .collect();
+    let is_last = |at: usize| (at + 1).is_multiple_of(sequence_len) || at + 1 == tokens;
+    let target_ids: Vec<i32> = (0..tokens)
+        .map(|at| {
+            if is_last(at) {
+                IGNORE_INDEX
+            } else {
+                input_ids[at + 1].cast_signed()
+            }
+        })
+        .collect();
+    let mut cu_seqlens: Vec<u32> = (0..tokens).step_by(sequence_len).map(word).collect();
+    cu_seqlens.push(word(tokens));
+    let position_ids = (0..tokens).map(|at| word(at % sequence_len)).collect();
+    let num_target_tokens = target_ids.iter().filter(|id| **id != IGNORE_INDEX).count();
+    StepBatches {
+        micro_batches: vec![Batch {
+            input_ids,
+            target_ids,
+            cu_seqlens,
+            position_ids,
+        }],
+        num_target_tokens,
+    }
+}

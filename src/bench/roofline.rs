@@ -1,0 +1,106 @@
+//! What the device itself reaches, measured before anything is held against it.
+
+use std::time::{Duration, Instant};
+
+use super::Times;
+use crate::error::Result;
+use crate::ops::cost::{self, Cost};
+use crate::ops::{Linear, NormSpec, Ops, StepState};
+use crate::store::Weight;
+use crate::tensor::arena::Arena;
+use crate::tensor::{DType, Tensor};
+
+/// Times that are measured; the fastest counts.
+const REPETITIONS: usize = 5;
+
+/// Limits of a device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Roofline {
+    /// Bytes in a second: the sum of two large tensors and its norm, read and written once.
+    pub bandwidth: f64,
+    /// FLOPs in a second: a large product in the type of activations.
+    pub flops: f64,
+}
+
+impl Roofline {
+    /// Measures `ops` with tensors of `rows` rows of `width`.
+    pub(super) fn measure(ops: &dyn Ops, rows: usize, width: usize) -> Result<Self> {
+        let state = state(rows);
+        // Outside a run: tensors come one by one, and there is no recording.
+        ops.load_batch(&state)?;
+        let mut arena = ops.arena(&Arena::plan())?;
+        let mut new = |name: &str, shape: &[usize], dtype| -> Result<Tensor> {
+            let mut tensor = arena.alloc(name, shape, dtype)?;
+            tensor.zero()?;
+            Ok(tensor)
+        };
+        let kind = ops.activation_dtype();
+        let shape = [rows, width];
+        let (x, delta) = (new("x", &shape, kind)?, new("delta", &shape, kind)?);
+        let (mut sum, mut out) = (new("sum", &shape, kind)?, new("out", &shape, kind)?);
+        let mut rstd = new("rstd", &[rows, 1], DType::F32)?;
+        let weight = new("weight", &[width], DType::F32)?;
+        let spec = NormSpec {
+            eps: 1e-6,
+            zero_centered: false,
+        };
+        let cost = cost::elementwise(&[&sum, &out, &rstd, &x, &delta], &[&weight], &state);
+        let seconds = fastest(ops, &mut || {
+            ops.add_rms_norm_forward(
+                &mut sum, &mut out, &mut rstd, &x, &delta, &weight, spec, &state,
+            )
+        })?;
+        let bandwidth = cost.bytes as f64 / seconds;
+        let linear = Linear {
+            weight: Weight::Dense(new("product", &[width, width], kind)?),
+            bias: None,
+            lora: None,
+            out_features: width,
+            in_features: width,
+            f32_output: false,
+        };
+        let (lora, mut xa) = (new("lora", &[8], DType::F32)?, new("xa", &[rows, 0], kind)?);
+        let Cost { flops, .. } = cost::linear_forward(&[&out], &xa, &x, &[&linear], &lora, &state);
+        let seconds = fastest(ops, &mut || {
+            ops.linear_forward(&mut [&mut out], &mut xa, &x, &[&linear], &lora, &state)
+        })?;
+        Ok(Self {
+            bandwidth,
+            flops: flops as f64 / seconds,
+        })
+    }
+
+    /// Seconds that no implementation of an op of `cost` beats on this device.
+    pub fn seconds(self, cost: Cost) -> f64 {
+        (cost.flops as f64 / self.flops).max(cost.bytes as f64 / self.bandwidth)
+    }
+
+    /// Share of the limit that `times` reach.
+    pub fn share(self, cost: Cost, times: Times) -> f64 {
+        self.seconds(cost) / times.median_s.max(1e-12)
+    }
+}
+
+/// One sequence of `rows` tokens.
+fn state(rows: usize) -> StepState {
+    let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let mut state = StepState::default();
+    state.batch.input_ids = vec![0; rows];
+    state.batch.target_ids = vec![crate::data::IGNORE_INDEX; rows];
+    state.batch.position_ids = vec![0; rows];
+    state.batch.cu_seqlens = vec![0, word(rows)];
+    state
+}
+
+fn fastest(ops: &dyn Ops, body: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+    body()?;
+    let mut fastest = Duration::MAX;
+    for _ in 0..REPETITIONS {
+        ops.synchronize()?;
+        let begun = Instant::now();
+        body()?;
+        ops.synchronize()?;
+        fastest = fastest.min(begun.elapsed());
+    }
+    Ok(fastest.as_secs_f64())
+}
