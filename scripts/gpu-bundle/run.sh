@@ -18,8 +18,8 @@ part() {
     shift
     echo "== $name: $*"
     local begun=$SECONDS
-    "$@" > >(tee "$out/$name.txt") 2>&1
-    local status=$?
+    "$@" 2>&1 | tee "$out/$name.txt"
+    local status=${PIPESTATUS[0]}
     [ $code -ne 0 ] || code=$status
     local text
     text=$(json_string < "$out/$name.txt")
