@@ -104,6 +104,9 @@ pub enum Error {
     },
 }
 
+/// Exit code of what does not fit into memory.
+pub const DOES_NOT_FIT: u8 = 12;
+
 impl Error {
     /// Shorthand for [`Error::Format`].
     pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
@@ -122,7 +125,7 @@ impl Error {
             Self::Missing { .. } => 66,
             Self::Io(_) => 74,
             Self::NonFinite { .. } => 17,
-            Self::OutOfMemory { .. } => 12,
+            Self::OutOfMemory { .. } => DOES_NOT_FIT,
             Self::Shape { .. } | Self::DType { .. } | Self::Kernel { .. } => 1,
         }
     }

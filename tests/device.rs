@@ -17,6 +17,7 @@ use std::process::Command;
 use brightrun::backend::gpu::driver::cuda::{Cuda, Fatbins};
 use brightrun::backend::gpu::driver::{Driver, Grid, Kernel};
 use brightrun::error::Error;
+use common::check_no_allocation_in_a_recording;
 use common::cli::{GOLDEN_SETTINGS, Project};
 
 const FATBINS: Fatbins = Fatbins {
@@ -313,13 +314,7 @@ fn child_refusals() {
             .contains("a copy inside a recording")
     );
     memory.write(0, &[1]).unwrap();
-    let refused = device.record(&mut || device.alloc("late", 1).map(|_| ()));
-    assert!(
-        refused
-            .unwrap_err()
-            .to_string()
-            .contains("`late` allocated inside a recording")
-    );
+    check_no_allocation_in_a_recording(&device);
     // So does one that panics.
     let panics = std::panic::AssertUnwindSafe(|| device.record(&mut || panic!("on purpose")));
     assert!(std::panic::catch_unwind(panics).is_err());

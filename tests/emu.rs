@@ -13,6 +13,7 @@ use brightrun::backend::gpu::driver::emu::{Emu, Order};
 use brightrun::backend::gpu::driver::{Driver, Grid, Kernel};
 use brightrun::backend::gpu::params::{SELFTEST_THREADS, SelftestParams};
 use brightrun::error::Result;
+use common::check_no_allocation_in_a_recording;
 use common::device::{ORDERS, download, random, upload};
 
 const MATMUL: Kernel = Kernel {
@@ -238,11 +239,5 @@ fn launches_that_cannot_be_are_refused() {
             "{error}"
         );
     }
-    let refused = device.record(&mut || device.alloc("late", 1).map(|_| ()));
-    assert!(
-        refused
-            .unwrap_err()
-            .to_string()
-            .contains("`late` allocated inside a recording")
-    );
+    check_no_allocation_in_a_recording(&device);
 }

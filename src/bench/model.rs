@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::weights::BenchWeights;
 use crate::backend::Opened;
+use crate::config::TrainConfig;
 use crate::config::model::ModelConfig;
-use crate::config::{AdapterKind, TrainConfig};
 use crate::data::{Batch, IGNORE_INDEX, StepBatches};
 use crate::error::{Error, Result};
 use crate::model::adapter::AdapterSettings;
@@ -129,10 +129,7 @@ impl Subject {
             let planner = Planner::new(config, &model, settings.sequence_len)?;
             planner.check(info, free, capacity, settings.sequence_len)?;
         }
-        let policy = match config.adapter {
-            AdapterKind::Qlora => QuantizePolicy::defaults(config.bnb_4bit_use_double_quant),
-            AdapterKind::Lora => QuantizePolicy::none(),
-        };
+        let policy = QuantizePolicy::new(config);
         let (traced, trace) = Traced::new(opened.ops);
         let ops: Box<dyn Ops> = Box::new(traced);
         let mut source = BenchWeights::new(policy, config.seed);
@@ -166,33 +163,13 @@ impl Subject {
 
 /// One micro-batch of random tokens; every one but the last of each sequence is a target.
 fn batches(settings: &Settings, vocab_size: usize) -> StepBatches {
-    let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let (tokens, sequence_len) = (settings.tokens, settings.sequence_len);
     let mut draws = Draws::new(settings.config.seed, Stream::Synthetic, 1);
-    let input_ids: Vec<u32> = (0..tokens)
-        .map(|_| draws.next_u32() % word(vocab_size))
-        .collect();
-    let is_last = |at: usize| (at + 1).is_multiple_of(sequence_len) || at + 1 == tokens;
-    let target_ids: Vec<i32> = (0..tokens)
-        .map(|at| {
-            if is_last(at) {
-                IGNORE_INDEX
-            } else {
-                input_ids[at + 1].cast_signed()
-            }
-        })
-        .collect();
-    let mut cu_seqlens: Vec<u32> = (0..tokens).step_by(sequence_len).map(word).collect();
-    cu_seqlens.push(word(tokens));
-    let position_ids = (0..tokens).map(|at| word(at % sequence_len)).collect();
-    let num_target_tokens = target_ids.iter().filter(|id| **id != IGNORE_INDEX).count();
+    let vocab_size = u32::try_from(vocab_size).unwrap_or(u32::MAX);
+    let input_ids = (0..settings.tokens).map(|_| draws.next_u32() % vocab_size);
+    let batch = Batch::next_token(input_ids.collect(), settings.sequence_len);
+    let is_target = |id: &&i32| **id != IGNORE_INDEX;
     StepBatches {
-        micro_batches: vec![Batch {
-            input_ids,
-            target_ids,
-            cu_seqlens,
-            position_ids,
-        }],
-        num_target_tokens,
+        num_target_tokens: batch.target_ids.iter().filter(is_target).count(),
+        micro_batches: vec![batch],
     }
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Times;
+use crate::data::Batch;
 use crate::error::Result;
 use crate::ops::cost::{self, Cost};
 use crate::ops::{Linear, NormSpec, Ops, StepState};
@@ -25,7 +26,10 @@ pub struct Roofline {
 impl Roofline {
     /// Measures `ops` with tensors of `rows` rows of `width`.
     pub(super) fn measure(ops: &dyn Ops, rows: usize, width: usize) -> Result<Self> {
-        let state = state(rows);
+        let state = StepState {
+            batch: Batch::next_token(vec![0; rows], rows),
+            ..StepState::default()
+        };
         // Outside a run: tensors come one by one, and there is no recording.
         ops.load_batch(&state)?;
         let mut arena = ops.arena(&Arena::plan())?;
@@ -79,17 +83,6 @@ impl Roofline {
     pub fn share(self, cost: Cost, times: Times) -> f64 {
         self.seconds(cost) / times.median_s.max(1e-12)
     }
-}
-
-/// One sequence of `rows` tokens.
-fn state(rows: usize) -> StepState {
-    let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let mut state = StepState::default();
-    state.batch.input_ids = vec![0; rows];
-    state.batch.target_ids = vec![crate::data::IGNORE_INDEX; rows];
-    state.batch.position_ids = vec![0; rows];
-    state.batch.cu_seqlens = vec![0, word(rows)];
-    state
 }
 
 fn fastest(ops: &dyn Ops, body: &mut dyn FnMut() -> Result<()>) -> Result<f64> {

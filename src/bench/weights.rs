@@ -66,24 +66,4 @@ impl WeightSource for BenchWeights {
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         RandomWeights::new(self.seed).tensor(name, shape)
     }
-
-    fn experts(
-        &mut self,
-        prefix: &str,
-        num_experts: usize,
-        intermediate_size: usize,
-        hidden_size: usize,
-    ) -> Result<[Vec<Weight>; 3]> {
-        let (width, hidden) = (intermediate_size, hidden_size);
-        let mut all = |projection: &str, out_features, in_features| -> Result<Vec<Weight>> {
-            let name = format!("{prefix}.0.{projection}.weight");
-            let weight = self.matrix(&name, out_features, in_features)?;
-            Ok(vec![weight; num_experts])
-        };
-        Ok([
-            all("gate_proj", width, hidden)?,
-            all("up_proj", width, hidden)?,
-            all("down_proj", hidden, width)?,
-        ])
-    }
 }

@@ -60,9 +60,6 @@ impl ConfigArguments {
     }
 }
 
-/// Exit code of what does not fit into memory.
-const DOES_NOT_FIT: u8 = 12;
-
 #[derive(Debug, clap::Args)]
 struct PlanArguments {
     #[command(flatten)]

@@ -4,11 +4,11 @@ use std::process::ExitCode;
 
 use brightrun::backend;
 use brightrun::config::{Device, Env};
-use brightrun::error::Result;
+use brightrun::error::{DOES_NOT_FIT, Result};
 use brightrun::plan::{self, Place, Plan, Subject};
 
+use super::PlanArguments;
 use super::console::print;
-use super::{DOES_NOT_FIT, PlanArguments};
 
 pub(super) fn run(arguments: &PlanArguments) -> Result<ExitCode> {
     let config = arguments.config.load()?;

@@ -50,6 +50,31 @@ pub struct Batch {
     pub position_ids: Vec<u32>,
 }
 
+impl Batch {
+    /// `input_ids` in sequences of `sequence_len` tokens (at least 1), the last one as long as is left; every token but the last of
+    /// its sequence must predict the next one.
+    pub fn next_token(input_ids: Vec<u32>, sequence_len: usize) -> Self {
+        let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let (len, sequence_len) = (input_ids.len(), sequence_len.max(1));
+        let is_last = |at: usize| (at + 1).is_multiple_of(sequence_len) || at + 1 == len;
+        let target = |at: usize| {
+            if is_last(at) {
+                IGNORE_INDEX
+            } else {
+                input_ids[at + 1].cast_signed()
+            }
+        };
+        let mut cu_seqlens: Vec<u32> = (0..len).step_by(sequence_len).map(word).collect();
+        cu_seqlens.push(word(len));
+        Self {
+            target_ids: (0..len).map(target).collect(),
+            cu_seqlens,
+            position_ids: (0..len).map(|at| word(at % sequence_len)).collect(),
+            input_ids,
+        }
+    }
+}
+
 /// The batches of one optimizer step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepBatches {

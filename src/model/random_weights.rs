@@ -47,24 +47,4 @@ impl WeightSource for RandomWeights {
         let values = (0..shape.iter().product::<usize>()).map(|_| 1.0 + 0.1 * draws.next_normal());
         Tensor::from_f32(name, shape, values.collect())
     }
-
-    fn experts(
-        &mut self,
-        prefix: &str,
-        num_experts: usize,
-        intermediate_size: usize,
-        hidden_size: usize,
-    ) -> Result<[Vec<Weight>; 3]> {
-        let mut all = |projection: &str, out_features, in_features| -> Result<Vec<Weight>> {
-            let name = |expert: usize| format!("{prefix}.{expert}.{projection}.weight");
-            (0..num_experts)
-                .map(|expert| self.matrix(&name(expert), out_features, in_features))
-                .collect()
-        };
-        Ok([
-            all("gate_proj", intermediate_size, hidden_size)?,
-            all("up_proj", intermediate_size, hidden_size)?,
-            all("down_proj", hidden_size, intermediate_size)?,
-        ])
-    }
 }

@@ -31,7 +31,8 @@ pub trait WeightSource {
     /// Those of the source.
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
 
-    /// Gate, up and down matrices of the experts under `prefix` (`model.layers.N.mlp.experts`), in expert order.
+    /// Gate, up and down matrices of the experts under `prefix` (`model.layers.N.mlp.experts`), in expert order; one by one
+    /// unless the source knows better.
     ///
     /// # Errors
     /// Those of the source.
@@ -41,7 +42,19 @@ pub trait WeightSource {
         num_experts: usize,
         intermediate_size: usize,
         hidden_size: usize,
-    ) -> Result<[Vec<Weight>; 3]>;
+    ) -> Result<[Vec<Weight>; 3]> {
+        let mut all = |projection: &str, out_features, in_features| -> Result<Vec<Weight>> {
+            let name = |expert: usize| format!("{prefix}.{expert}.{projection}.weight");
+            (0..num_experts)
+                .map(|expert| self.matrix(&name(expert), out_features, in_features))
+                .collect()
+        };
+        Ok([
+            all("gate_proj", intermediate_size, hidden_size)?,
+            all("up_proj", intermediate_size, hidden_size)?,
+            all("down_proj", hidden_size, intermediate_size)?,
+        ])
+    }
 
     /// A table that the model made itself, where its ops read it.
     ///

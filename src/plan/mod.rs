@@ -13,7 +13,7 @@ pub use self::gpus::{GPUS, GpuKind, parse};
 use std::path::Path;
 
 use crate::config::model::ModelConfig;
-use crate::config::{AdapterDType, Env, LoraDType, Optimizer, TrainConfig};
+use crate::config::{AdapterDType, Env, TrainConfig};
 use crate::data::Dataset;
 use crate::data::calendar::Date;
 use crate::error::{Error, Result};
@@ -237,7 +237,7 @@ fn memory_on(
 ) -> Result<Memory> {
     match place {
         Place::Gpu(gpu) => planner.memory(&gpu.target(), capacity, subject.sequence_len()),
-        Place::Cpu(num_bytes) => planner.host_memory(&subject.config, capacity, num_bytes),
+        Place::Cpu(num_bytes) => planner.host_memory(capacity, num_bytes),
     }
 }
 
@@ -300,20 +300,11 @@ fn predict(planner: &Planner, subject: &Subject, gpu: GpuKind) -> Result<OnGpu> 
 
 fn host(planner: &Planner, subject: &Subject, memory: &Memory) -> Host {
     let config = &subject.config;
-    let (len, trained) = (
-        planner.decoder().adapter.len(),
-        planner.decoder().adapter.num_parameters(),
-    );
-    let value = match config.lora_dtype {
-        LoraDType::Fp32 => 4,
-        LoraDType::Bf16 => 2,
-    };
-    // Two moments: f32, or a byte and a scale for each 256.
-    let moments = match config.optimizer {
-        Optimizer::Adamw => 8 * len as u64,
-        Optimizer::Adamw8bit => 2 * (len as u64 + 4 * len.div_ceil(256) as u64),
-    };
-    let checkpoint_bytes = value * len as u64 + moments;
+    let adapter = &planner.decoder().adapter;
+    let (len, trained) = (adapter.len(), adapter.num_parameters());
+    let is_saved = |name: &str| name.starts_with("lora.") && name != "lora.grads";
+    let saved = memory.allocations.iter().filter(|(name, _)| is_saved(name));
+    let checkpoint_bytes = saved.map(|(_, bytes)| *bytes as u64).sum();
     let exported = match config.adapter_dtype {
         AdapterDType::F32 => 4,
         AdapterDType::Bf16 | AdapterDType::F16 => 2,
@@ -340,34 +331,28 @@ fn is_weight(name: &str) -> bool {
     name.starts_with("model.") || name.starts_with("lm_head.")
 }
 
-/// The group of an allocation, by its name.
+/// Groups by a part of an allocation's name, the first that is there; base weights have names of tensors in the checkpoint.
+const GROUPS: [(&str, &str); 11] = [
+    ("lora.values", "adapter"),
+    ("lora.grads", "adapter's gradients"),
+    ("lora.", "optimizer's moments"),
+    ("activations.", "activations"),
+    ("temporaries.", "temporaries"),
+    ("in NF4", "base: in NF4"),
+    ("as stored", "base: as stored"),
+    (".experts.", "base: experts"),
+    ("_attn.", "base: attention"),
+    ("embed_tokens", "base: embedding and head"),
+    ("lm_head", "base: embedding and head"),
+];
+
 fn group_of(name: &str) -> &'static str {
-    let has = |part: &str| name.contains(part);
-    match name {
-        _ if !is_weight(name) && !has("lora.") && !name.starts_with("activations.") => {
-            if name.starts_with("temporaries.") {
-                "temporaries"
-            } else if name == "scratch" {
-                "scratch of the kernels"
-            } else {
-                "tables and step state"
-            }
-        }
-        _ if name == "lora.values" => "adapter",
-        _ if name == "lora.grads" => "adapter's gradients",
-        _ if name.starts_with("lora.") => "optimizer's moments",
-        _ if name.starts_with("activations.") => "activations",
-        _ if has("in NF4") || has("as stored") => {
-            if has("in NF4") {
-                "base: in NF4"
-            } else {
-                "base: as stored"
-            }
-        }
-        _ if has(".experts.") => "base: experts",
-        _ if has(".self_attn.") || has(".linear_attn.") => "base: attention",
-        _ if has("embed_tokens") || has("lm_head") => "base: embedding and head",
-        _ => "base: other",
+    let found = GROUPS.iter().find(|(part, _)| name.contains(part));
+    match found {
+        Some((_, group)) => group,
+        None if is_weight(name) => "base: other",
+        None if name == "scratch" => "scratch of the kernels",
+        None => "tables and step state",
     }
 }
 

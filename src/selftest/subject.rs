@@ -81,7 +81,6 @@ impl Subject {
 /// Names of the ops that have cases, in order.
 pub fn op_names() -> Vec<&'static str> {
     let mut names: Vec<_> = cases().iter().map(|case| case.op).collect();
-    names.dedup();
     names.sort_unstable();
     names.dedup();
     names

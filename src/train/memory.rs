@@ -8,7 +8,7 @@ use crate::backend::gpu::driver::DeviceInfo;
 use crate::backend::gpu::driver::planned::Planned;
 use crate::config::TrainConfig;
 use crate::config::model::ModelConfig;
-use crate::data::{Batch, IGNORE_INDEX};
+use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::model::adapter::AdapterSettings;
 use crate::model::decoder::Decoder;
@@ -16,7 +16,7 @@ use crate::model::weights::{self, Placed};
 use crate::ops::trace::{Call, Mode};
 use crate::ops::{StepState, Traced};
 
-use crate::store::quantized::{QuantizePolicy, QuantizedStore};
+use crate::store::quantized::{QuantizePolicy, QuantizedStore, WeightCounts};
 use crate::tensor::DType;
 
 /// What the driver keeps for itself on a GPU: context, kernels, stack. Bytes.
@@ -32,6 +32,7 @@ pub struct Planner {
     optimizer: OptimizerSettings,
     recompute: crate::config::Recompute,
     weights: Vec<Allocation>,
+    counts: WeightCounts,
 }
 
 /// A device to plan for.
@@ -94,6 +95,7 @@ impl Planner {
             optimizer: OptimizerSettings::new(config),
             recompute: config.recompute,
             weights: driver.ledger().split_off(own),
+            counts: store.counts(),
         })
     }
 
@@ -123,7 +125,11 @@ impl Planner {
             recompute: self.recompute,
         };
         trace.start(Mode::Costs);
-        let state = full_batch(capacity, sequence_len);
+        let state = StepState {
+            batch: Batch::next_token(vec![0; capacity], sequence_len),
+            loss_scale: 1.0,
+            dropout: None,
+        };
         let buffers = Buffers::alloc(&ops, &self.decoder, settings, &state)?;
         let mut allocations = self.weights.clone();
         allocations.extend(driver.ledger());
@@ -167,16 +173,7 @@ impl Planner {
     ///
     /// # Errors
     /// Those of the arena.
-    pub fn host_memory(
-        &self,
-        config: &TrainConfig,
-        capacity: usize,
-        num_bytes: u64,
-    ) -> Result<Memory> {
-        let mut store = QuantizedStore::shapes(DType::Bf16, QuantizePolicy::new(config));
-        let settings = AdapterSettings::new(config);
-        weights::load(&self.decoder.config, &mut store, settings, 1)?;
-        let counts = store.counts();
+    pub fn host_memory(&self, capacity: usize, num_bytes: u64) -> Result<Memory> {
         let settings = BufferSettings {
             capacity,
             optimizer: self.optimizer,
@@ -185,8 +182,11 @@ impl Planner {
         let (ledger, recompute) =
             Buffers::plan(&self.decoder, settings, DType::F32, num_bytes as f64)?;
         let mut allocations = vec![
-            ("model.weights in NF4".to_owned(), counts.nf4_bytes),
-            ("model.weights as stored".to_owned(), counts.dense_bytes),
+            ("model.weights in NF4".to_owned(), self.counts.nf4_bytes),
+            (
+                "model.weights as stored".to_owned(),
+                self.counts.dense_bytes,
+            ),
         ];
         let buffers = ledger.ledger().iter();
         allocations.extend(buffers.map(|entry| (entry.name.clone(), entry.num_bytes)));
@@ -196,25 +196,5 @@ impl Planner {
             recompute,
             calls: Vec::new(),
         })
-    }
-}
-
-/// A batch of `num_tokens` tokens, every one a target, in sequences of at most `sequence_len`.
-fn full_batch(num_tokens: usize, sequence_len: usize) -> StepState {
-    let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let sequence_len = sequence_len.max(1);
-    let mut cu_seqlens: Vec<u32> = (0..num_tokens).step_by(sequence_len).map(word).collect();
-    cu_seqlens.push(word(num_tokens));
-    let is_last = |at: usize| (at + 1).is_multiple_of(sequence_len) || at + 1 == num_tokens;
-    let target = |at: usize| if is_last(at) { IGNORE_INDEX } else { 0 };
-    StepState {
-        batch: Batch {
-            input_ids: vec![0; num_tokens],
-            target_ids: (0..num_tokens).map(target).collect(),
-            cu_seqlens,
-            position_ids: vec![0; num_tokens],
-        },
-        loss_scale: 1.0,
-        dropout: None,
     }
 }

@@ -237,16 +237,6 @@ impl Buffers {
     pub fn recomputes(&self) -> bool {
         self.recompute
     }
-
-    /// What was allocated.
-    pub fn ledger(&self) -> &Arena {
-        &self.ledger
-    }
-
-    /// The adapter's arenas.
-    pub fn adapter(&self) -> &AdapterState {
-        &self.adapter
-    }
 }
 
 /// A model, its adapter and its buffers.

@@ -301,3 +301,15 @@ pub(crate) fn rewrite_json(path: &Path, change: impl FnOnce(&mut Value)) {
     change(&mut value);
     fs_err::write(path, value.to_string()).unwrap();
 }
+
+/// What is recorded must find its memory where it lies.
+pub(crate) fn check_no_allocation_in_a_recording(
+    device: &dyn brightrun::backend::gpu::driver::Driver,
+) {
+    let refused = device.record(&mut || device.alloc("late", 1).map(|_| ()));
+    let error = refused.unwrap_err().to_string();
+    assert!(
+        error.contains("`late` allocated inside a recording"),
+        "{error}"
+    );
+}

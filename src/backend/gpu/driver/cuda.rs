@@ -1,9 +1,10 @@
 //! CUDA, through the driver API, which is loaded when a device is opened: the build links nothing.
 //!
 //! One context, one stream: everything happens in the order it was asked for. Weights are placed one by one, each an
-//! allocation that lives as long as it; all buffers of a run lie in one (`Driver::reserve`), the scratch in another. Writes go through a ring of pinned memory (`staging.rs`) and return once the bytes lie there;
-//! they wait for the device only where the ring is full. Reads wait. All kernels are loaded, and what they take is looked
-//! up, when the device is opened: later nothing is loaded lazily, also not while a graph is recorded.
+//! allocation that lives as long as it; all buffers of a run lie in one (`Driver::reserve`), the scratch in another. Writes
+//! go through a ring of pinned memory (`staging.rs`) and return once the bytes lie there; they wait for the device only
+//! where the ring is full. Reads wait. All kernels are loaded, and what they take is looked up, when the device is
+//! opened: later nothing is loaded lazily, also not while a graph is recorded.
 #![expect(
     unsafe_code,
     reason = "calls the CUDA driver; every launch is checked against what the kernel declares"
@@ -118,9 +119,7 @@ impl Cuda {
             reserved: Arc::default(),
         })
     }
-}
 
-impl Cuda {
     fn block(&self, name: &str, num_bytes: usize) -> Result<Arc<Block>> {
         let device = &self.device;
         device.check_not_recording(&format!("`{name}` allocated"))?;
