@@ -12,6 +12,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+use common::cli::Project;
+
 /// A config on the true Qwen3-Next-80B, without weights and data.
 fn large(dir: &Path, settings: &str) -> std::path::PathBuf {
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/models/qwen3-next-80b");
@@ -127,6 +129,81 @@ fn the_longest_pass_that_fits_is_the_longest() {
 }
 
 #[test]
+fn activations_are_recomputed_only_where_they_cannot_be_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = large(dir.path(), FITS);
+    let with = |recompute: &str, tokens: usize| {
+        let recompute = format!("recompute={recompute}");
+        let sequence_len = format!("sequence_len={tokens}");
+        let sets = [&recompute, &sequence_len, "micro_batch_size=1"];
+        let mut arguments = vec!["--gpu", "80GB", "--json"];
+        for set in sets {
+            arguments.extend(["--set", set]);
+        }
+        json(&plan(&path, &arguments))
+    };
+    let kept = with("none", 256)["largest_capacity_tokens"]
+        .as_u64()
+        .unwrap();
+    let kept = usize::try_from(kept).unwrap();
+    assert!(kept >= 1024, "{kept}");
+    for (tokens, recomputes) in [(kept, false), (kept + 256, true), (4096, true)] {
+        let auto = with("auto", tokens);
+        assert_eq!(auto["fits"], true, "{tokens}: {auto:#}");
+        assert_eq!(auto["recompute"], recomputes, "{tokens}");
+    }
+    let longest = |recompute| with(recompute, 256)["largest_capacity_tokens"].clone();
+    assert_eq!(longest("auto"), longest("full"));
+}
+
+#[test]
+fn the_adapters_file_is_as_large_as_the_plan_says() {
+    let project = Project::golden(
+        "qwen3_moe",
+        "adapter: lora\nlora_r: 6\nlora_expert_r: 2\nmax_steps: 1\ndevice: cpu\n",
+    );
+    let planned = json(&plan(&project.path("train.yml"), &["--json"]));
+    project.succeed("train", &[]);
+    let file = project.adapter_bytes();
+    let header = u64::from_le_bytes(file[..8].try_into().unwrap());
+    let tensors = file.len() as u64 - 8 - header;
+    assert_eq!(planned["adapter_bytes"], tensors);
+}
+
+#[test]
+fn what_is_advised_keeps_the_targets_of_a_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = format!("{FITS}recompute: full\ngradient_accumulation_steps: 2\n");
+    let path = large(dir.path(), &settings);
+    let found = json(&plan(&path, &["--gpu", "72GB", "--json"]));
+    let advised = &found["advice"]["settings"];
+    let expected = ["micro_batch_size=1", "gradient_accumulation_steps=8"];
+    assert_eq!(*advised, serde_json::json!(expected), "{found:#}");
+}
+
+#[test]
+fn a_gpu_whose_kernels_refuse_the_model_gets_its_ledger_and_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = large(dir.path(), FITS);
+    for gpu in ["4090", "96GB", "rtx pro 6000", "24GB"] {
+        let output = plan(&path, &["--gpu", gpu, "--json"]);
+        assert_eq!(output.status.code(), Some(12), "{gpu}");
+        let found = json(&output);
+        assert!(found["num_bytes"].as_u64().unwrap() > 40_000_000_000);
+        let refused = found["refused"].as_str().unwrap();
+        assert!(refused.contains("shared memory"), "{refused}");
+        assert_eq!(found["advice"]["settings"], serde_json::json!([]));
+        assert_eq!(found["advice"]["gpu"], "H100-80GB");
+    }
+    for (gpu, part) in [("RTX", "RTX-5090"), ("A100", "A100-40GB"), ("0GB", "known")] {
+        let output = plan(&path, &["--gpu", gpu]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(78), "{gpu}: {said}");
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
 fn what_is_not_known_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let path = large(dir.path(), "");
@@ -139,7 +216,12 @@ fn what_is_not_known_is_told() {
     );
     let output = plan(&path, &["--set", "base_model=absent/model"]);
     assert_eq!(output.status.code(), Some(66));
-    // The CPU holds activations and adapter in f32; whether it fits is up to the machine.
+    // The CPU holds activations and adapter in f32.
+    let output = plan(&path, &["--device", "cpu", "--set", "lora_dtype=bf16"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(78));
+    assert!(said.contains("lora_dtype"), "{said}");
+    // Whether it fits is up to the machine.
     let output = plan(&path, &["--device", "cpu", "--json"]);
     let found = json(&output);
     let code = if found["fits"] == true { 0 } else { 12 };
@@ -153,8 +235,8 @@ mod emulated {
     use brightrun::backend::gpu::Gpu;
     use brightrun::backend::gpu::driver::Driver;
     use brightrun::backend::gpu::driver::emu::{Emu, Order};
+    use brightrun::config::TrainConfig;
     use brightrun::config::model::ModelConfig;
-    use brightrun::config::{Recompute, TrainConfig};
     use brightrun::model::adapter::AdapterSettings;
     use brightrun::model::weights::{self, Placed};
     use brightrun::store::checkpoint::Checkpoint;
@@ -162,7 +244,7 @@ mod emulated {
     use brightrun::train::memory::{Planner, Target};
     use brightrun::train::trainer::{OptimizerSettings, Trainer};
 
-    use super::common::cli::Project;
+    use super::Project;
     use super::common::{FAMILIES, golden};
 
     const CAPACITY: usize = 100;
@@ -209,11 +291,8 @@ mod emulated {
         let bytes = bytes as u64;
         assert_eq!(plan.num_bytes(), bytes);
         let fits = |free| planner.check(emu.info(), free, CAPACITY, POSITIONS);
-        // Activations are kept or not by what is free.
-        if config.recompute == Recompute::Full {
-            fits(bytes).unwrap();
-        }
-        fits(2 * bytes).unwrap();
+        // With `recompute: auto` also where activations can just not be kept.
+        fits(bytes).unwrap();
         let error = fits(bytes / 4).unwrap_err();
         assert_eq!(error.exit_code(), 12);
         assert!(error.to_string().contains("brightrun plan"), "{error}");

@@ -58,7 +58,7 @@ const MAY_NAME: [(&str, &[&str]); 16] = [
     (
         "plan",
         &[
-            "error", "store", "config", "data", "ops", "backend", "train",
+            "error", "tensor", "store", "config", "data", "ops", "backend", "export", "train",
         ],
     ),
     ("lib", &[]),

@@ -11,8 +11,8 @@ use serde_json::Value;
 pub use super::card::Summary;
 use super::card::card;
 use super::config::adapter_config;
-use super::{Adapter, PeftVersion, file_dtype, narrowed};
-use crate::config::TrainConfig;
+use super::{Adapter, PeftVersion, file_dtype, file_rank, narrowed};
+use crate::config::{AdapterDType, TrainConfig};
 use crate::data::tokenizer::FILES as TOKENIZER_FILES;
 use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
@@ -100,6 +100,20 @@ fn weights(adapter: &Adapter<'_>, config: &TrainConfig) -> Result<Vec<u8>> {
     views
         .and_then(|views| safetensors::serialize(views, Some(metadata)))
         .map_err(|error: safetensors::SafeTensorError| Error::format(WEIGHTS, error.to_string()))
+}
+
+/// Bytes of the tensors of `layout` in a file: pairs of smaller rank are padded to the largest.
+pub fn file_bytes(layout: &AdapterLayout, dtype: AdapterDType) -> u64 {
+    let rank = file_rank(layout);
+    let widths = layout.modules().iter().map(|module| {
+        let pair = &module.pair;
+        (pair.in_features + pair.out_features) as u64
+    });
+    let size = match dtype {
+        AdapterDType::F32 => 4,
+        AdapterDType::Bf16 | AdapterDType::F16 => 2,
+    };
+    size * rank as u64 * widths.sum::<u64>()
 }
 
 /// Reads the adapter directory `dir` into `values`, the arena of `layout`.

@@ -33,8 +33,7 @@ pub struct Adapter<'a> {
 impl Adapter<'_> {
     /// Rank of the files: one for all pairs, since vLLM knows only one. Smaller pairs are padded with zeros.
     fn file_rank(&self) -> usize {
-        let ranks = self.layout.modules().iter().map(|module| module.pair.rank);
-        ranks.max().unwrap_or(0)
+        file_rank(self.layout)
     }
 
     /// Scaling that a reader computes from the file's rank and alpha.
@@ -63,6 +62,11 @@ impl Adapter<'_> {
         }
         (a, padded)
     }
+}
+
+fn file_rank(layout: &AdapterLayout) -> usize {
+    let ranks = layout.modules().iter().map(|module| module.pair.rank);
+    ranks.max().unwrap_or(0)
 }
 
 /// Little-endian bytes of `values` as `dtype`, rounded to nearest even.

@@ -74,6 +74,13 @@ pub trait Ops: std::fmt::Debug {
         pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
     ) -> Result<usize>;
 
+    /// Bytes that [`Self::reserve`] would take for `pass`; nothing is made ready.
+    fn scratch_bytes(
+        &self,
+        capacity: usize,
+        pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
+    ) -> Result<usize>;
+
     /// Takes over the micro-batch that the following calls work on.
     fn load_batch(&self, state: &StepState) -> Result<()>;
 

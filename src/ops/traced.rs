@@ -110,6 +110,15 @@ where
         self.inner.reserve(capacity, &mut |_| pass(self))
     }
 
+    /// What is only measured is not noted.
+    fn scratch_bytes(
+        &self,
+        capacity: usize,
+        pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
+    ) -> Result<usize> {
+        self.inner.scratch_bytes(capacity, pass)
+    }
+
     fn load_batch(&self, state: &StepState) -> Result<()> {
         self.inner.load_batch(state)
     }

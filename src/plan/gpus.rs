@@ -81,6 +81,12 @@ impl GpuKind {
         }
     }
 
+    /// The same with as much shared memory for a block as any GPU has.
+    pub(super) fn with_all_shared_memory(self) -> Self {
+        let capability = (9, 0);
+        Self { capability, ..self }
+    }
+
     /// What to plan for.
     pub fn target(self) -> Target {
         Target {
@@ -94,38 +100,54 @@ impl GpuKind {
     }
 }
 
-/// A GPU by name, or one like an A100 of so many GB, such as `80GB`: that many GiB less the 1 % that its driver keeps.
+/// A GPU by name or a part of it that only one has, or one of so many GB, such as `80GB`: that many GiB less the 1 % that its
+/// driver keeps, otherwise like the GPU of the table whose memory is nearest; of several the slowest.
 ///
 /// # Errors
 /// [`Error::Config`] saying what is known.
 pub fn parse(text: &str) -> Result<GpuKind> {
     let wanted = text.to_uppercase().replace([' ', '_'], "-");
-    let named = GPUS.iter().filter(|gpu| {
-        gpu.name == wanted
-            || gpu
-                .name
-                .split_once('-')
-                .is_some_and(|(head, _)| head == wanted)
-    });
-    if let Some(gpu) = named.max_by_key(|gpu| gpu.num_bytes) {
-        return Ok(*gpu);
-    }
+    let refuse = |reason: String| {
+        let origin = "--gpu".to_owned();
+        Err(Error::Config { origin, reason })
+    };
+    let is_part = |gpu: &&GpuKind| format!("-{}-", gpu.name).contains(&format!("-{wanted}-"));
+    let is_named = |gpu: &&GpuKind| gpu.name == wanted;
     let size = wanted.strip_suffix("GB").unwrap_or(&wanted).parse::<u64>();
-    if let Ok(size @ 1..=1024) = size {
-        let like = if size > 80 { GPUS[0] } else { GPUS[2] };
-        Ok(GpuKind {
-            name: "GPU",
-            num_bytes: size * 1024 * MIB / 100 * 99,
-            ..like
-        })
-    } else {
-        let names: Vec<&str> = GPUS.iter().map(|gpu| gpu.name).collect();
-        Err(Error::Config {
-            origin: "--gpu".to_owned(),
-            reason: format!(
-                "`{text}` is no GPU that is known; give a size such as `80GB`, or one of {}",
-                names.join(", ")
-            ),
-        })
+    let names = |gpus: &[&GpuKind]| -> String {
+        let names: Vec<&str> = gpus.iter().map(|gpu| gpu.name).collect();
+        names.join(", ")
+    };
+    let parts: Vec<&GpuKind> = GPUS.iter().filter(is_part).collect();
+    match (GPUS.iter().find(is_named), size, parts.as_slice()) {
+        (Some(gpu), _, _) => Ok(*gpu),
+        (None, Ok(size @ 1..=1024), _) => Ok(of_size(size)),
+        (None, _, [gpu]) => Ok(**gpu),
+        (None, _, []) => refuse(format!(
+            "`{text}` is no GPU that is known; give a size such as `80GB`, or one of {}",
+            names(&GPUS.iter().collect::<Vec<_>>())
+        )),
+        (None, _, several) => refuse(format!(
+            "`{text}` may be {}; say which, or give a size such as `80GB`",
+            names(several)
+        )),
+    }
+}
+
+fn of_size(gb: u64) -> GpuKind {
+    let num_bytes = gb * 1024 * MIB / 100 * 99;
+    let distance = |gpu: &GpuKind| gpu.num_bytes.abs_diff(gb * 1024 * MIB) / (2048 * MIB);
+    let mut like = GPUS[0];
+    for gpu in GPUS {
+        let (own, best) = (distance(&gpu), distance(&like));
+        if own < best || (own == best && gpu.flops < like.flops) {
+            like = gpu;
+        }
+    }
+    let name = "GPU";
+    GpuKind {
+        name,
+        num_bytes,
+        ..like
     }
 }

@@ -13,16 +13,18 @@ pub use self::gpus::{GPUS, GpuKind, parse};
 use std::path::Path;
 
 use crate::config::model::ModelConfig;
-use crate::config::{AdapterDType, Env, TrainConfig};
+use crate::config::{Env, TrainConfig};
 use crate::data::Dataset;
 use crate::data::calendar::Date;
 use crate::error::{Error, Result};
+use crate::export::adapter::file_bytes;
 use crate::ops::cost::Cost;
 use crate::ops::trace::Call;
 use crate::store::locate::locate;
-use crate::train::Lengths;
+use crate::tensor::DType;
+use crate::train::buffers::host_memory_bytes;
 use crate::train::memory::{CONTEXT_BYTES, Memory, Planner};
-use crate::train::trainer::host_memory_bytes;
+use crate::train::{Lengths, check_device};
 
 /// Token counts that are tried for the largest pass are multiples of this.
 const CAPACITY_UNIT: usize = 256;
@@ -187,21 +189,34 @@ pub struct Plan {
     pub predictions: Vec<OnGpu>,
     /// Beside the GPU.
     pub host: Host,
+    /// What the kernels need and this GPU does not have; its memory is then that of a GPU that has it.
+    pub refused: Option<String>,
 }
 
 impl Plan {
     /// The plan of `subject` on `place`.
     ///
     /// # Errors
-    /// Those of the planner.
+    /// Those of the planner; [`Error::Config`] for a setting that `place` does not have.
     pub fn new(subject: &Subject, place: Place) -> Result<Self> {
         let planner = subject.planner()?;
-        let memory = memory_on(&planner, subject, place, subject.capacity())?;
+        let capacity = subject.capacity();
+        if let Place::Cpu(_) = place {
+            check_device(&subject.config, DType::F32)?;
+        }
+        let (memory, refused) = match (memory_on(&planner, subject, place, capacity), place) {
+            (Err(Error::Unsupported { what, why }), Place::Gpu(gpu)) => {
+                let place = Place::Gpu(gpu.with_all_shared_memory());
+                let memory = memory_on(&planner, subject, place, capacity)?;
+                (memory, Some(format!("{what}: {why}")))
+            }
+            (memory, _) => (memory?, None),
+        };
         let predictions = GPUS.map(|gpu| predict(&planner, subject, gpu));
         let predictions: Result<Vec<OnGpu>> = predictions.into_iter().collect();
         let predictions = predictions?;
         let passes = subject.config.gradient_accumulation_steps as u64;
-        let on_gpu = memory_on(&planner, subject, Place::Gpu(GPUS[0]), subject.capacity())?;
+        let on_gpu = memory_on(&planner, subject, Place::Gpu(GPUS[0]), capacity)?;
         let flops: u64 = on_gpu.calls.iter().map(|call| call.cost.flops).sum();
         Ok(Self {
             place,
@@ -212,12 +227,13 @@ impl Plan {
             predictions,
             host: host(&planner, subject, &memory),
             memory,
+            refused,
         })
     }
 
     /// Whether it fits.
     pub fn fits(&self) -> bool {
-        self.memory.num_bytes() <= self.place.usable_bytes()
+        self.refused.is_none() && self.memory.num_bytes() <= self.place.usable_bytes()
     }
 
     /// The largest allocations, largest first.
@@ -301,15 +317,10 @@ fn predict(planner: &Planner, subject: &Subject, gpu: GpuKind) -> Result<OnGpu> 
 fn host(planner: &Planner, subject: &Subject, memory: &Memory) -> Host {
     let config = &subject.config;
     let adapter = &planner.decoder().adapter;
-    let (len, trained) = (adapter.len(), adapter.num_parameters());
     let is_saved = |name: &str| name.starts_with("lora.") && name != "lora.grads";
     let saved = memory.allocations.iter().filter(|(name, _)| is_saved(name));
     let checkpoint_bytes = saved.map(|(_, bytes)| *bytes as u64).sum();
-    let exported = match config.adapter_dtype {
-        AdapterDType::F32 => 4,
-        AdapterDType::Bf16 | AdapterDType::F16 => 2,
-    };
-    let adapter_bytes = exported * trained as u64;
+    let adapter_bytes = file_bytes(adapter, config.adapter_dtype);
     // The experts of a layer are quantised together, then copied as they are stacked.
     let largest = memory
         .allocations
@@ -318,7 +329,7 @@ fn host(planner: &Planner, subject: &Subject, memory: &Memory) -> Host {
     let largest = largest.map(|(_, bytes)| *bytes as u64).max().unwrap_or(0);
     let loading = 4 * largest + PINNED_BYTES;
     let saving = CHECKPOINT_COPIES * checkpoint_bytes;
-    let exporting = 4 * len as u64 + 2 * adapter_bytes;
+    let exporting = 4 * adapter.len() as u64 + 2 * adapter_bytes;
     Host {
         checkpoint_bytes,
         num_checkpoints: config.save_total_limit as u64 + 1,

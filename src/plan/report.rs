@@ -90,10 +90,10 @@ impl Plan {
         }
         let (total, usable) = (self.memory.num_bytes(), self.place.usable_bytes());
         line("in all", format!("{:>12}", gb(total)));
-        let verdict = if self.fits() {
-            format!("fits, {} are left", gb(usable - total))
-        } else {
-            format!("does not fit, {} are missing", gb(total - usable))
+        let verdict = match &self.refused {
+            Some(reason) => format!("does not run there: {reason}"),
+            None if self.fits() => format!("fits, {} are left", gb(usable - total)),
+            None => format!("does not fit, {} are missing", gb(total - usable)),
         };
         line("", verdict);
         line("", String::new());
@@ -173,6 +173,7 @@ impl Plan {
         json!({
             "on": self.place.to_string(),
             "fits": self.fits(),
+            "refused": self.refused,
             "num_bytes": self.memory.num_bytes(),
             "usable_bytes": self.place.usable_bytes(),
             "capacity_tokens": self.memory.capacity,

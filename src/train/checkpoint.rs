@@ -11,7 +11,7 @@ use fs_err as fs;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::trainer::AdapterState;
+use super::buffers::AdapterState;
 use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
 use crate::ops::Moments;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::trainer::{BufferSettings, Buffers, OptimizerSettings};
+use super::buffers::{BufferSettings, Buffers};
+use super::trainer::OptimizerSettings;
 use crate::backend::gpu::Gpu;
 use crate::backend::gpu::driver::DeviceInfo;
 use crate::backend::gpu::driver::planned::Planned;
@@ -180,7 +181,7 @@ impl Planner {
             recompute: self.recompute,
         };
         let (ledger, recompute) =
-            Buffers::plan(&self.decoder, settings, DType::F32, num_bytes as f64)?;
+            Buffers::plan_on_host(&self.decoder, settings, DType::F32, num_bytes as f64)?;
         let mut allocations = vec![
             ("model.weights in NF4".to_owned(), self.counts.nf4_bytes),
             (

@@ -1,5 +1,6 @@
 //! Training: the step, the optimizer, checkpoints, metrics.
 
+pub mod buffers;
 pub mod checkpoint;
 pub mod events;
 pub mod memory;
@@ -11,5 +12,5 @@ mod stop;
 pub mod trainer;
 
 pub use prepare::{Lengths, Prepared};
-pub use run::{Outcome, run, summary_of};
+pub use run::{Outcome, check_device, run, summary_of};
 pub use stop::StopFlag;

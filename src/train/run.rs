@@ -56,7 +56,7 @@ pub fn run(
     stop: &StopFlag,
 ) -> Result<Outcome> {
     let device = crate::backend::open(config.device, env)?;
-    check_device(config, &*device.ops)?;
+    check_device(config, device.ops.activation_dtype())?;
     let prepared = Prepared::new(config, env)?;
     observer.event(&Event::Note { text: device.note });
     for text in &prepared.warnings {
@@ -77,9 +77,12 @@ pub fn run(
     run.train(stop)
 }
 
-/// Refuses settings that the device does not have.
-fn check_device(config: &TrainConfig, ops: &dyn Ops) -> Result<()> {
-    if config.lora_dtype == LoraDType::Bf16 && ops.activation_dtype() != DType::Bf16 {
+/// Refuses settings that a device with activations of type `activation` does not have.
+///
+/// # Errors
+/// [`Error::Config`] naming the setting.
+pub fn check_device(config: &TrainConfig, activation: DType) -> Result<()> {
+    if config.lora_dtype == LoraDType::Bf16 && activation != DType::Bf16 {
         let reason = "`lora_dtype` is `bf16`, which the CPU backend does not have; use `fp32`";
         return Err(Error::Config {
             origin: "run".to_owned(),

@@ -1,17 +1,14 @@
 //! One optimizer step: forward and backward over its micro-batches, then the update. No allocation, no I/O.
 
+use super::buffers::{AdapterState, BufferSettings, Buffers, Memory};
 use crate::config::{LoraDType, Optimizer, Recompute, TrainConfig};
 use crate::data::{Batch, StepBatches};
 use crate::error::{Error, Result};
-use crate::model::adapter::AdapterLayout;
+use crate::model::Pass;
 use crate::model::decoder::{Decoder, DecoderActs, DecoderTmp};
-use crate::model::{Pass, Rows};
-use crate::ops::{AdamWStep, DropoutState, Moments, Ops, StepState, UpdateReport};
+use crate::ops::{AdamWStep, DropoutState, Ops, StepState};
+use crate::tensor::Tensor;
 use crate::tensor::arena::Arena;
-use crate::tensor::{DType, Tensor};
-
-/// Share of the host's memory that kept activations may take before `recompute: auto` recomputes.
-const ACTIVATION_SHARE: f64 = 0.5;
 
 /// The optimizer's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,7 +44,7 @@ impl OptimizerSettings {
     }
 
     /// Those of update number `step` at `learning_rate`.
-    fn at(self, step: u64, learning_rate: f64, seed: u64) -> AdamWStep {
+    pub(super) fn at(self, step: u64, learning_rate: f64, seed: u64) -> AdamWStep {
         AdamWStep {
             learning_rate,
             beta1: self.beta1,
@@ -72,171 +69,6 @@ pub struct StepReport {
     pub num_target_tokens: usize,
     /// All tokens.
     pub num_tokens: usize,
-}
-
-/// The adapter's flat arenas, each `[n]`.
-#[derive(Debug)]
-pub struct AdapterState {
-    /// Values, f32 or bf16.
-    pub values: Tensor,
-    /// Gradients, f32; zero between steps.
-    pub grads: Tensor,
-    /// The optimizer's moments.
-    pub moments: Moments,
-}
-
-impl AdapterState {
-    /// Memory for `len` elements.
-    ///
-    /// # Errors
-    /// Those of the arena.
-    pub fn alloc(arena: &mut Arena, len: usize, settings: OptimizerSettings) -> Result<Self> {
-        let dtype = match settings.lora_dtype {
-            LoraDType::Fp32 => DType::F32,
-            LoraDType::Bf16 => DType::Bf16,
-        };
-        arena.scope("lora", |arena| {
-            Ok(Self {
-                values: arena.alloc("values", &[len], dtype)?,
-                grads: arena.alloc("grads", &[len], DType::F32)?,
-                moments: Moments::alloc(arena, len, settings.kind == Optimizer::Adamw8bit)?,
-            })
-        })
-    }
-
-    /// PEFT's initial values; gradients and moments are zero.
-    fn begin(&mut self, layout: &AdapterLayout, seed: u64) -> Result<()> {
-        self.values.zero()?;
-        for (range, values) in layout.initial_values(seed) {
-            self.values.write_f32_at(range.start, &values)?;
-        }
-        self.grads.zero()?;
-        for (_, tensor) in self.moments.tensors_mut() {
-            tensor.zero()?;
-        }
-        Ok(())
-    }
-}
-
-/// All memory of a run but its base weights, for micro-batches of up to `capacity` tokens.
-#[derive(Debug)]
-pub struct Buffers {
-    adapter: AdapterState,
-    acts: DecoderActs,
-    tmp: DecoderTmp,
-    recompute: bool,
-    ledger: Arena,
-}
-
-/// What buffers are made for.
-#[derive(Debug, Clone, Copy)]
-pub struct BufferSettings {
-    /// Tokens of the longest micro-batch.
-    pub capacity: usize,
-    /// The optimizer's settings.
-    pub optimizer: OptimizerSettings,
-    /// Whether to keep all activations.
-    pub recompute: Recompute,
-}
-
-impl BufferSettings {
-    /// Whether activations are recomputed where `memory` bytes are free.
-    fn recomputes(self, decoder: &Decoder, activation: DType, memory: f64) -> Result<bool> {
-        Ok(match self.recompute {
-            Recompute::Full => true,
-            Recompute::None => false,
-            Recompute::Auto => {
-                let mut plan = Arena::plan();
-                decoder.alloc(&mut Rows::new(&mut plan, self.capacity, activation), false)?;
-                plan.num_bytes() as f64 > ACTIVATION_SHARE * memory
-            }
-        })
-    }
-
-    fn alloc(
-        self,
-        arena: &mut Arena,
-        decoder: &Decoder,
-        activation: DType,
-        recompute: bool,
-    ) -> Result<(AdapterState, DecoderActs, DecoderTmp)> {
-        let adapter = AdapterState::alloc(arena, decoder.adapter.len(), self.optimizer)?;
-        let mut rows = Rows::new(arena, self.capacity, activation);
-        let acts = rows.scope("activations", |rows| decoder.alloc(rows, recompute))?;
-        let tmp = rows.scope("temporaries", |rows| decoder.alloc_tmp(rows))?;
-        Ok((adapter, acts, tmp))
-    }
-}
-
-impl Buffers {
-    /// The ledger of what they take where `memory` bytes are free, and whether activations are recomputed. Nothing is allocated.
-    ///
-    /// # Errors
-    /// Those of the arena.
-    pub fn plan(
-        decoder: &Decoder,
-        settings: BufferSettings,
-        activation: DType,
-        memory: f64,
-    ) -> Result<(Arena, bool)> {
-        let mut plan = Arena::plan();
-        let recompute = settings.recomputes(decoder, activation, memory)?;
-        settings.alloc(&mut plan, decoder, activation, recompute)?;
-        Ok((plan, recompute))
-    }
-
-    /// Allocates them in the memory of `ops`. Before it a step's calls are made once on planned tensors, in which the device
-    /// computes nothing; they are those of a step of `state`.
-    ///
-    /// # Errors
-    /// Those of the arena and of the ops.
-    pub fn alloc(
-        ops: &dyn Ops,
-        decoder: &Decoder,
-        settings: BufferSettings,
-        state: &StepState,
-    ) -> Result<Self> {
-        let BufferSettings {
-            capacity,
-            optimizer,
-            ..
-        } = settings;
-        let activation = ops.activation_dtype();
-        let memory = match ops.free_memory()? {
-            Some(num_bytes) => num_bytes as f64,
-            None => host_memory_bytes(),
-        };
-        let recompute = settings.recomputes(decoder, activation, memory)?;
-        let buffers = |arena: &mut Arena| settings.alloc(arena, decoder, activation, recompute);
-        let mut plan = Arena::plan();
-        let (mut adapter, mut acts, mut tmp) = buffers(&mut plan)?;
-        let mut step = |ops: &dyn Ops| {
-            let pass = Pass {
-                ops,
-                lora: &adapter.values,
-                state,
-            };
-            decoder.forward(pass, &mut acts, &mut tmp)?;
-            decoder.loss_backward(pass, &mut adapter.grads, &mut acts, &mut tmp)?;
-            update(ops, &mut adapter, &acts, optimizer.at(1, 0.0, 0)).map(|_| ())
-        };
-        let scratch = ops.reserve(capacity, &mut step)?;
-        let mut ledger = ops.arena(&plan)?;
-        let (adapter, acts, tmp) = buffers(&mut ledger)?;
-        ledger.count("scratch", scratch);
-        Ok(Self {
-            adapter,
-            acts,
-            tmp,
-            recompute,
-            ledger,
-        })
-    }
-
-    /// Whether activations are recomputed in backward.
-    pub fn recomputes(&self) -> bool {
-        self.recompute
-    }
 }
 
 /// A model, its adapter and its buffers.
@@ -273,12 +105,15 @@ impl Trainer {
         };
         let state = StepState::default();
         let Buffers {
-            mut adapter,
-            acts,
-            tmp,
+            memory,
             recompute,
             ledger,
         } = Buffers::alloc(&*ops, &decoder, settings, &state)?;
+        let Memory {
+            mut adapter,
+            acts,
+            tmp,
+        } = memory;
         adapter.begin(&decoder.adapter, seed)?;
         Ok(Self {
             ops,
@@ -395,7 +230,7 @@ impl Trainer {
         self.passes(batches, completed)?;
         let step = completed + 1;
         let settings = self.optimizer.at(step, learning_rate, self.seed);
-        let report = update(&*self.ops, &mut self.adapter, &self.acts, settings)?;
+        let report = self.adapter.update(&*self.ops, &self.acts, settings)?;
         if !report.applied {
             return Err(if report.loss_sum.is_finite() {
                 self.non_finite_gradient(step)?
@@ -510,32 +345,4 @@ impl Trainer {
                 .to_owned();
         Ok(Error::NonFinite { step, what, advice })
     }
-}
-
-/// The optimizer's update, from the gradients and token losses of a step.
-fn update(
-    ops: &dyn Ops,
-    adapter: &mut AdapterState,
-    acts: &DecoderActs,
-    step: AdamWStep,
-) -> Result<UpdateReport> {
-    let AdapterState {
-        values,
-        grads,
-        moments,
-    } = adapter;
-    ops.adamw(values, moments, grads, &acts.token_loss, step)
-}
-
-/// Physical memory of the machine, 8 GB where that cannot be told.
-pub fn host_memory_bytes() -> f64 {
-    const UNKNOWN: f64 = 8e9;
-    let Ok(text) = fs_err::read_to_string("/proc/meminfo") else {
-        return UNKNOWN;
-    };
-    let kib = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
-    kib.and_then(|kib| kib.parse::<f64>().ok())
-        .map_or(UNKNOWN, |kib| kib * 1024.0)
 }

@@ -46,6 +46,10 @@ impl Ops for Cpu {
         Ok(0)
     }
 
+    fn scratch_bytes(&self, _: usize, _: &mut dyn FnMut(&dyn Ops) -> Result<()>) -> Result<usize> {
+        Ok(0)
+    }
+
     fn load_batch(&self, _: &StepState) -> Result<()> {
         Ok(())
     }

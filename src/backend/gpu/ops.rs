@@ -72,6 +72,15 @@ impl Ops for Gpu {
         Ok(num_bytes)
     }
 
+    fn scratch_bytes(
+        &self,
+        capacity: usize,
+        pass: &mut dyn FnMut(&dyn Ops) -> Result<()>,
+    ) -> Result<usize> {
+        let scratch = self.scratch.high_water(|| pass(self))?;
+        Ok(scratch + StepBuffers::bytes_for(capacity))
+    }
+
     fn load_batch(&self, state: &StepState) -> Result<()> {
         let mut step = self.step.borrow_mut();
         let fits = |step: &StepBuffers| step.capacity() >= state.num_tokens();

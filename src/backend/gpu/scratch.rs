@@ -56,15 +56,21 @@ impl Scratch {
         }
     }
 
-    /// Runs `pass` with pieces that have no memory, then allocates a slab for as many as it held at once; returns its bytes.
-    /// Where that fails, pieces are single allocations again.
-    pub(super) fn plan(&self, pass: impl FnOnce() -> Result<()>) -> Result<usize> {
+    /// Runs `pass` with pieces that have no memory; returns how many bytes it held at once. From then on pieces are single
+    /// allocations.
+    pub(super) fn high_water(&self, pass: impl FnOnce() -> Result<()>) -> Result<usize> {
         self.source.replace(Source::Planned);
         self.high_water.set(0);
         let planned = pass();
         self.source.replace(Source::Single);
         planned?;
-        let num_bytes = self.high_water.get();
+        Ok(self.high_water.get())
+    }
+
+    /// Runs `pass` with pieces that have no memory, then allocates a slab for as many as it held at once; returns its bytes.
+    /// Where that fails, pieces are single allocations again.
+    pub(super) fn plan(&self, pass: impl FnOnce() -> Result<()>) -> Result<usize> {
+        let num_bytes = self.high_water(pass)?;
         // Also where nothing is needed: a piece that was not planned must not go unnoticed.
         let slab = self.driver.alloc("scratch", num_bytes.max(ALIGNMENT))?;
         self.source.replace(Source::Slab(slab));

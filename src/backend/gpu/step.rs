@@ -76,11 +76,15 @@ pub(super) struct StepBuffers {
 
 impl StepBuffers {
     pub(super) fn alloc(driver: &dyn Driver, capacity: usize) -> Result<Self> {
-        let num_bytes = size_of::<StepStateDevice>() + ARRAYS * array_bytes(capacity);
         Ok(Self {
-            memory: driver.alloc("step state", num_bytes)?,
+            memory: driver.alloc("step state", Self::bytes_for(capacity))?,
             capacity,
         })
+    }
+
+    /// Bytes for batches of up to `capacity` tokens.
+    pub(super) fn bytes_for(capacity: usize) -> usize {
+        size_of::<StepStateDevice>() + ARRAYS * array_bytes(capacity)
     }
 
     pub(super) fn num_bytes(&self) -> usize {
