@@ -75,7 +75,22 @@ fn every_op_of_a_step_is_timed_against_the_measured_roofline() {
                 );
             assert!((positive(row, "share_of_roofline") / (limit / seconds) - 1.0).abs() < 1e-6);
         }
+        let shape = |model: &str, op: &str| {
+            let mut of_op = rows.iter().filter(|row| row["op"] == op);
+            let row = of_op.find(|row| row["model"] == model).unwrap();
+            (
+                row["shape"].as_str().unwrap().to_owned(),
+                row["goal_share"].clone(),
+            )
+        };
+        let (nf4, goal) = shape("mistral-7b", "linear_forward");
+        assert_eq!(nf4, "[64 -> 128+64+64] nf4 r16");
+        assert_eq!(goal, 0.62);
+        let (experts, _) = shape("qwen3-next-80b", "moe_gate_up_forward");
+        assert_eq!(experts, "8 x [64 -> 64] nf4 r16");
+        assert_eq!(shape("mistral-7b", "rms_norm_forward").1, Value::Null);
         let only = results(&["kernels", "--device", device, "--op", "rms_norm"]);
+        assert_eq!(only["op"], "rms_norm");
         let rows = only["rows"].as_array().unwrap();
         assert!(!rows.is_empty());
         assert!(
@@ -101,12 +116,22 @@ fn a_step_tells_speed_memory_and_where_the_time_goes() {
         ] {
             positive(&found, name);
         }
+        assert_eq!(found["device_bytes"], Value::Null);
+        assert_eq!(found["models"][0]["layers"], 4);
         let rows = found["rows"].as_array().unwrap();
         let sum: f64 = rows.iter().map(|row| row["share"].as_f64().unwrap()).sum();
         assert!((sum - 1.0).abs() < 1e-6, "{sum}");
         let speed = 48.0 / (positive(&found, "median_ms") / 1e3);
         assert!((positive(&found, "tokens_per_s") / speed - 1.0).abs() < 1e-6);
     }
+}
+
+#[test]
+fn an_op_that_only_one_model_has_is_timed_there() {
+    let found = results(&["kernels", "--device", "cpu", "--op", "gated_delta"]);
+    let rows = found["rows"].as_array().unwrap();
+    assert!(!rows.is_empty());
+    assert!(rows.iter().all(|row| row["model"] == "qwen3-next-80b"));
 }
 
 #[test]
@@ -143,6 +168,22 @@ fn what_is_not_there_is_told() {
             "softmax",
         ),
         (&["step", "--device", "cpu", "--lora-r", "0"], 78, "lora_r"),
+        (
+            &[
+                "step",
+                "--device",
+                "cpu",
+                "--model",
+                "mistral-7b,qwen2.5-0.5b",
+            ],
+            78,
+            "--model",
+        ),
+        (
+            &["step", "--device", "cpu", "--json", "/nowhere/at/all.json"],
+            74,
+            "/nowhere/at",
+        ),
     ] {
         let output = bench(arguments);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use super::model::{Settings, Subject};
+use super::goals::goal;
+use super::model::{Settings, Subject, planned};
 use super::{Roofline, Times};
 use crate::backend::Opened;
 use crate::config::model::ModelConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::cost::Cost;
 use crate::ops::trace::Mode;
 
@@ -15,6 +16,8 @@ use crate::ops::trace::Mode;
 pub struct KernelRow {
     /// The op.
     pub op: &'static str,
+    /// Extents of its arguments but the tokens.
+    pub shape: String,
     /// What a call costs at least.
     pub cost: Cost,
     /// Calls in a step.
@@ -23,40 +26,53 @@ pub struct KernelRow {
     pub times: Times,
     /// Share of the measured roofline.
     pub share: f64,
+    /// The share that is the goal.
+    pub goal: Option<f64>,
 }
 
-/// All ops.
-#[derive(Debug)]
-pub struct Kernels {
-    /// The device, for a person.
-    pub device: String,
-    /// What it reaches.
-    pub roofline: Roofline,
-    /// Ops, in the order of a step.
-    pub rows: Vec<KernelRow>,
+/// Refuses a run that cannot be: what does not fit `opened`, layers the model does not have, a `prefix` no op of it begins with.
+/// Nothing is allocated.
+///
+/// # Errors
+/// [`Error::OutOfMemory`] and [`Error::Config`].
+pub fn check(
+    opened: &Opened,
+    model: &ModelConfig,
+    settings: &Settings,
+    prefix: &str,
+) -> Result<()> {
+    let calls = planned(opened, model, settings)?;
+    if calls.iter().any(|call| call.op.starts_with(prefix)) {
+        return Ok(());
+    }
+    let mut ops: Vec<&str> = calls.iter().map(|call| call.op).collect();
+    ops.sort_unstable();
+    ops.dedup();
+    Err(Error::Config {
+        origin: "--op".to_owned(),
+        reason: format!(
+            "no op of {} begins with `{prefix}`; it has {}",
+            model.model_type,
+            ops.join(", ")
+        ),
+    })
 }
 
-/// Times every op of `steps` training steps one by one; those whose name begins with `prefix`. Ops that are called at one shape
-/// by several layers make one row.
+/// Times every op of `steps` training steps one by one; those whose name begins with `prefix`, in the order of a step. Ops that are
+/// called at one shape by several layers make one row.
 ///
 /// # Errors
 /// Those of the device; what does not fit.
 pub fn kernels(
     opened: Opened,
+    roofline: Roofline,
     model: &ModelConfig,
     settings: &Settings,
     steps: usize,
     prefix: &str,
-) -> Result<Kernels> {
-    let device = opened.note.clone();
-    // The CPU can do large tensors whatever is measured; the emulated device cannot.
-    let [rows, width] = match opened.info {
-        None => [2048, 1024],
-        Some(_) => [settings.tokens, 2 * model.hidden_size.next_multiple_of(64)],
-    };
-    let roofline = Roofline::measure(&*opened.ops, rows, width)?;
+) -> Result<Vec<KernelRow>> {
     let mut subject = Subject::new(opened, model, settings)?;
-    let mut found: Vec<(&'static str, Cost, Vec<Duration>)> = Vec::new();
+    let mut found: Vec<(&'static str, String, Cost, Vec<Duration>)> = Vec::new();
     // The first one warms up.
     for number in 0..=steps {
         subject.trace.start(Mode::Times);
@@ -66,29 +82,27 @@ pub fn kernels(
             if number == 0 || !call.op.starts_with(prefix) {
                 continue;
             }
-            let known = found
-                .iter_mut()
-                .find(|(op, cost, _)| (*op, *cost) == (call.op, call.cost));
+            let known = found.iter_mut().find(|(op, shape, cost, _)| {
+                (*op, *cost) == (call.op, call.cost) && *shape == call.shape
+            });
             match known {
-                Some((_, _, times)) => times.push(call.elapsed),
-                None => found.push((call.op, call.cost, vec![call.elapsed])),
+                Some((.., times)) => times.push(call.elapsed),
+                None => found.push((call.op, call.shape, call.cost, vec![call.elapsed])),
             }
         }
     }
-    let rows = found.into_iter().map(|(op, cost, times)| {
+    let rows = found.into_iter().map(|(op, shape, cost, times)| {
         let calls = times.len() / steps;
         let times = Times::new(&times);
         KernelRow {
             op,
+            shape,
             cost,
             calls,
             times,
             share: roofline.share(cost, times),
+            goal: goal(op),
         }
     });
-    Ok(Kernels {
-        device,
-        roofline,
-        rows: rows.collect(),
-    })
+    Ok(rows.collect())
 }

@@ -7,24 +7,29 @@ use serde_json::{Value, json};
 
 use super::weights::BenchWeights;
 use crate::backend::Opened;
+use crate::backend::gpu::driver::DeviceInfo;
 use crate::config::TrainConfig;
 use crate::config::model::ModelConfig;
 use crate::data::{Batch, IGNORE_INDEX, StepBatches};
 use crate::error::{Error, Result};
 use crate::model::adapter::AdapterSettings;
 use crate::model::weights::{self, Placed};
-use crate::ops::trace::Trace;
+use crate::ops::trace::{Call, Trace};
 use crate::ops::{Ops, Traced};
 use crate::random::{Draws, Stream};
 use crate::store::quantized::QuantizePolicy;
-use crate::train::memory::Planner;
+use crate::train::memory::{Planner, Target};
 use crate::train::trainer::{OptimizerSettings, Trainer};
 
 /// Models whose shape is built in.
-const BUILT_IN: [(&str, &str); 2] = [
+const BUILT_IN: [(&str, &str); 3] = [
     (
         "qwen3-next-80b",
         include_str!("../../benches/models/qwen3-next-80b/config.json"),
+    ),
+    (
+        "mistral-7b",
+        include_str!("../../benches/models/mistral-7b/config.json"),
     ),
     (
         "qwen2.5-0.5b",
@@ -61,8 +66,47 @@ pub struct Settings {
     pub tokens: usize,
     /// Tokens of a sequence.
     pub sequence_len: usize,
-    /// Layers; `None`: the model's.
-    pub layers: Option<usize>,
+    /// Layers.
+    pub layers: usize,
+}
+
+impl Settings {
+    /// `model` with as many layers as are wanted.
+    fn truncated(&self, model: &ModelConfig) -> Result<ModelConfig> {
+        let (mut model, layers) = (model.clone(), self.layers);
+        if layers == 0 || layers > model.layers.len() {
+            return Err(Error::Config {
+                origin: "--layers".to_owned(),
+                reason: format!("is {layers}, the model has 1 to {}", model.layers.len()),
+            });
+        }
+        model.layers.truncate(layers);
+        Ok(model)
+    }
+}
+
+/// The calls of a step; refuses one that does not fit `opened`. Nothing is allocated.
+pub(super) fn planned(
+    opened: &Opened,
+    model: &ModelConfig,
+    settings: &Settings,
+) -> Result<Vec<Call>> {
+    let (tokens, sequence_len) = (settings.tokens, settings.sequence_len);
+    let model = settings.truncated(model)?;
+    let planner = Planner::new(&settings.config, &model, sequence_len)?;
+    if let (Some(info), Some(free)) = (opened.info.clone(), opened.ops.free_memory()?) {
+        planner.check(info, free, tokens, sequence_len)?;
+    }
+    // The calls are the same on every device.
+    let any = Target {
+        info: DeviceInfo {
+            name: "any device".to_owned(),
+            num_multiprocessors: 1,
+            capability: (9, 0),
+        },
+        num_bytes: u64::MAX,
+    };
+    Ok(planner.memory(&any, tokens, sequence_len)?.calls)
 }
 
 /// The shape of a built-in model, or of that in a directory or file. `is_small`: with small extents.
@@ -106,29 +150,17 @@ pub(super) struct Subject {
     pub(super) trainer: Trainer,
     pub(super) trace: Rc<Trace>,
     pub(super) batches: StepBatches,
-    /// Bytes the device gave, base weights and buffers; the ledger's where it cannot be asked.
-    pub(super) device_bytes: u64,
+    /// Bytes the device gave, base weights and buffers; `None` where its memory is the host's.
+    pub(super) device_bytes: Option<u64>,
 }
 
 impl Subject {
     /// Builds it on `opened`, if it fits there.
     pub(super) fn new(opened: Opened, model: &ModelConfig, settings: &Settings) -> Result<Self> {
-        let mut model = model.clone();
-        if let Some(layers) = settings.layers {
-            if layers == 0 || layers > model.layers.len() {
-                return Err(Error::Config {
-                    origin: "--layers".to_owned(),
-                    reason: format!("is {layers}, the model has 1 to {}", model.layers.len()),
-                });
-            }
-            model.layers.truncate(layers);
-        }
+        planned(&opened, model, settings)?;
+        let model = settings.truncated(model)?;
         let (config, capacity) = (&settings.config, settings.tokens);
         let free = opened.ops.free_memory()?;
-        if let (Some(info), Some(free)) = (opened.info, free) {
-            let planner = Planner::new(config, &model, settings.sequence_len)?;
-            planner.check(info, free, capacity, settings.sequence_len)?;
-        }
         let policy = QuantizePolicy::new(config);
         let (traced, trace) = Traced::new(opened.ops);
         let ops: Box<dyn Ops> = Box::new(traced);
@@ -149,8 +181,8 @@ impl Subject {
             config.seed,
         )?;
         let taken = match (free, trainer.free_memory()?) {
-            (Some(before), Some(after)) => before.saturating_sub(after),
-            _ => trainer.memory().num_bytes() as u64,
+            (Some(before), Some(after)) => Some(before.saturating_sub(after)),
+            _ => None,
         };
         Ok(Self {
             trainer,

@@ -2,17 +2,36 @@
 
 use std::time::{Duration, Instant};
 
-use super::Times;
+use super::{Settings, Times};
+use crate::backend::Opened;
+use crate::config::model::ModelConfig;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::ops::cost::{self, Cost};
 use crate::ops::{Linear, NormSpec, Ops, StepState};
+use crate::random::{Draws, Stream};
 use crate::store::Weight;
 use crate::tensor::arena::Arena;
 use crate::tensor::{DType, Tensor};
 
 /// Times that are measured; the fastest counts.
 const REPETITIONS: usize = 5;
+
+/// Random numbers that are drawn; tensors repeat them.
+const BLOCK: usize = 1 << 18;
+
+/// Data sheets: part of a device's name, bytes and dense bf16 FLOPs in a second.
+const DATA_SHEETS: [(&str, f64, f64); 9] = [
+    ("H200", 4.8e12, 989e12),
+    ("H100 PCIe", 2.0e12, 756e12),
+    ("H100 NVL", 3.9e12, 835e12),
+    ("H100", 3.35e12, 989e12),
+    ("A100-SXM4-80GB", 2.04e12, 312e12),
+    ("A100", 1.555e12, 312e12),
+    ("L40S", 0.864e12, 362e12),
+    ("RTX 4090", 1.008e12, 165e12),
+    ("RTX 5090", 1.792e12, 209e12),
+];
 
 /// Limits of a device.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,8 +43,17 @@ pub struct Roofline {
 }
 
 impl Roofline {
-    /// Measures `ops` with tensors of `rows` rows of `width`.
-    pub(super) fn measure(ops: &dyn Ops, rows: usize, width: usize) -> Result<Self> {
+    /// Measures `opened` with passes as `settings` and `model` have them, or with large ones on the CPU, which can do large tensors
+    /// whatever is measured.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn measure(opened: &Opened, model: &ModelConfig, settings: &Settings) -> Result<Self> {
+        let [rows, width] = match opened.info {
+            None => [2048, 1024],
+            Some(_) => [settings.tokens, 2 * model.hidden_size.next_multiple_of(64)],
+        };
+        let ops = &*opened.ops;
         let state = StepState {
             batch: Batch::next_token(vec![0; rows], rows),
             ..StepState::default()
@@ -33,9 +61,15 @@ impl Roofline {
         // Outside a run: tensors come one by one, and there is no recording.
         ops.load_batch(&state)?;
         let mut arena = ops.arena(&Arena::plan())?;
+        let mut draws = Draws::new(0, Stream::Synthetic, 2);
+        let random: Vec<f32> = (0..BLOCK).map(|_| draws.next_normal()).collect();
         let mut new = |name: &str, shape: &[usize], dtype| -> Result<Tensor> {
             let mut tensor = arena.alloc(name, shape, dtype)?;
-            tensor.zero()?;
+            // Zeros draw less power, so that clocks are higher than in a run.
+            let len = tensor.len();
+            for start in (0..len).step_by(BLOCK) {
+                tensor.write_f32_at(start, &random[..BLOCK.min(len - start)])?;
+            }
             Ok(tensor)
         };
         let kind = ops.activation_dtype();
@@ -72,6 +106,12 @@ impl Roofline {
             bandwidth,
             flops: flops as f64 / seconds,
         })
+    }
+
+    /// What the data sheet of a device with this name says, where it is known here.
+    pub fn data_sheet(name: &str) -> Option<Self> {
+        let found = DATA_SHEETS.iter().find(|(part, ..)| name.contains(part));
+        found.map(|&(_, bandwidth, flops)| Self { bandwidth, flops })
     }
 
     /// Seconds that no implementation of an op of `cost` beats on this device.

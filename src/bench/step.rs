@@ -12,8 +12,6 @@ use crate::ops::trace::{Mode, by_op};
 /// What a step took.
 #[derive(Debug)]
 pub struct StepResult {
-    /// The device, for a person.
-    pub device: String,
     /// Of a step.
     pub times: Times,
     /// Tokens in a second, by the median.
@@ -26,8 +24,8 @@ pub struct StepResult {
     pub loss: f64,
     /// Bytes of the run's buffers.
     pub buffer_bytes: u64,
-    /// Bytes taken from the device, base weights included, where it tells; else the buffers'.
-    pub device_bytes: u64,
+    /// Bytes taken from the device, base weights included; `None` where its memory is the host's.
+    pub device_bytes: Option<u64>,
     /// Whether activations were recomputed.
     pub recompute: bool,
     /// Adapter parameters.
@@ -59,7 +57,6 @@ pub fn step(
     settings: &Settings,
     steps: usize,
 ) -> Result<StepResult> {
-    let device = opened.note.clone();
     let mut subject = Subject::new(opened, model, settings)?;
     let (trainer, batches) = (&mut subject.trainer, &subject.batches);
     let mut loss = trainer.step(batches, 0, 1e-4)?.loss;
@@ -86,7 +83,6 @@ pub fn step(
     let times = Times::new(&times);
     let flops: u64 = totals.iter().map(|total| total.cost.flops).sum();
     Ok(StepResult {
-        device,
         times,
         tokens_per_s: settings.tokens as f64 / times.median_s,
         flops,

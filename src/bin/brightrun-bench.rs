@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use brightrun::backend::{self, Opened};
-use brightrun::bench::{self, KernelRow, Kernels, Settings, StepResult};
+use brightrun::bench::{self, Roofline, Settings, report};
 use brightrun::config::model::ModelConfig;
 use brightrun::config::{Device, Env, TrainConfig};
+use brightrun::data::calendar::Date;
+use brightrun::durable::{Durable, partial_of};
 use brightrun::error::{Error, Result};
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
@@ -43,16 +45,17 @@ struct Shape {
     /// auto, cpu, emu, cuda or cuda:N.
     #[arg(long, default_value = "auto", value_parser = device)]
     device: Device,
-    /// qwen3-next-80b, qwen2.5-0.5b, or a config.json or its directory.
-    #[arg(long, default_value = "qwen3-next-80b")]
-    model: String,
+    /// qwen3-next-80b, mistral-7b, qwen2.5-0.5b, or a config.json or its directory; by default qwen3-next-80b, for `kernels` also
+    /// mistral-7b. `kernels` takes several.
+    #[arg(long, value_delimiter = ',')]
+    model: Vec<String>,
     /// Small extents, with every op still there: seconds on a CPU. By default on devices other than CUDA.
     #[arg(long)]
     small: bool,
     /// True extents also on devices other than CUDA.
     #[arg(long, conflicts_with = "small")]
     full: bool,
-    /// Layers; by default all for `step`, as many as there are kinds (4) for `kernels`.
+    /// Layers; by default all for `step`, as many as there are kinds (at most 4) for `kernels`.
     #[arg(long, value_name = "N")]
     layers: Option<usize>,
     /// Tokens of a pass; by default 16384, or 64 with small extents.
@@ -93,18 +96,26 @@ fn device(text: &str) -> Result<Device, String> {
 
 /// What is measured, on what.
 struct Run {
-    opened: Opened,
+    model_name: String,
     model: ModelConfig,
     settings: Settings,
     is_small: bool,
 }
 
 impl Shape {
-    fn run(&self, default_layers: Option<usize>) -> Result<Run> {
-        let opened = backend::open(self.device, &Env::read())?;
+    fn open(&self) -> Result<Opened> {
+        backend::open(self.device, &Env::read())
+    }
+
+    /// The runs on `opened`, of `default_models` where no other is wanted and at most `default_layers`.
+    fn runs(
+        &self,
+        opened: &Opened,
+        default_models: &[&str],
+        default_layers: usize,
+    ) -> Result<Vec<Run>> {
         let is_cuda = opened.ops.free_memory()?.is_some();
         let is_small = self.small || !(is_cuda || self.full);
-        let model = bench::model(&self.model, is_small)?;
         let narrow = opened.info.is_some();
         let lora_dtype = self
             .lora_dtype
@@ -124,47 +135,78 @@ impl Shape {
             given.map_or(if is_small { small } else { full }, |given| given as usize)
         };
         let tokens = given(self.tokens, 64, 16_384);
-        let layers = default_layers.map(|layers| layers.min(model.layers.len()));
-        Ok(Run {
-            opened,
-            settings: Settings {
-                config,
-                tokens,
-                sequence_len: given(self.sequence_len, 32, 4096).min(tokens),
-                layers: self.layers.or(layers),
-            },
-            model,
-            is_small,
-        })
+        let mut models: Vec<&str> = self.model.iter().map(String::as_str).collect();
+        if models.is_empty() {
+            models = default_models.to_vec();
+        }
+        let run = |name: &&str| {
+            let model = bench::model(name, is_small)?;
+            Ok(Run {
+                model_name: (*name).to_owned(),
+                settings: Settings {
+                    config: config.clone(),
+                    tokens,
+                    sequence_len: given(self.sequence_len, 32, 4096).min(tokens),
+                    layers: self
+                        .layers
+                        .unwrap_or(model.layers.len().min(default_layers)),
+                },
+                model,
+                is_small,
+            })
+        };
+        models.iter().map(run).collect()
     }
 
     /// What was measured, for machines.
-    fn describe(&self, mode: &str, device: &str, settings: &Settings, is_small: bool) -> Value {
+    fn describe(&self, mode: &str, opened: &Opened, runs: &[Run]) -> Value {
+        let first = runs.first();
+        let models: Vec<Value> = runs
+            .iter()
+            .map(|run| json!({"model": run.model_name, "layers": run.settings.layers}))
+            .collect();
+        let (year, month, day) = Date::today().civil();
         json!({
             "mode": mode,
             "version": env!("CARGO_PKG_VERSION"),
             "commit": option_env!("BRIGHTRUN_COMMIT"),
-            "device": device,
-            "model": self.model,
-            "small": is_small,
-            "layers": settings.layers,
-            "tokens": settings.tokens,
-            "sequence_len": settings.sequence_len,
+            "date": format!("{year}-{month:02}-{day:02}"),
+            "device": opened.note,
+            "device_name": device_name(opened),
+            "models": models,
+            "small": first.map(|run| run.is_small),
+            "tokens": first.map(|run| run.settings.tokens),
+            "sequence_len": first.map(|run| run.settings.sequence_len),
             "steps": self.steps,
             "adapter": self.adapter,
             "lora_r": self.lora_r,
             "moe_lora": self.moe_lora,
             "optimizer": self.optimizer,
-            "lora_dtype": settings.config.lora_dtype,
+            "lora_dtype": first.map(|run| run.settings.config.lora_dtype),
+            "recompute": self.recompute,
         })
+    }
+
+    /// Refuses a file that cannot be written, before anything is measured.
+    fn check_json(&self) -> Result<()> {
+        if let Some(path) = &self.json {
+            let partial = partial_of(path);
+            fs_err::File::create(&partial)?;
+            fs_err::remove_file(partial)?;
+        }
+        Ok(())
     }
 
     fn write(&self, value: &Value) -> Result<()> {
         match &self.json {
-            Some(path) => Ok(fs_err::write(path, format!("{value:#}\n"))?),
+            Some(path) => Durable::default().replace(path, format!("{value:#}\n").as_bytes()),
             None => Ok(()),
         }
     }
+}
+
+fn device_name(opened: &Opened) -> &str {
+    opened.info.as_ref().map_or("cpu", |info| &info.name)
 }
 
 fn main() -> ExitCode {
@@ -182,145 +224,87 @@ fn main() -> ExitCode {
 }
 
 fn kernels(shape: &Shape, prefix: &str) -> Result<()> {
-    let run = shape.run(Some(4))?;
-    let settings = &run.settings;
-    let found = bench::kernels(
-        run.opened,
-        &run.model,
-        settings,
-        shape.steps as usize,
-        prefix,
-    )?;
-    if found.rows.is_empty() {
-        return Err(Error::Config {
-            origin: "--op".to_owned(),
-            reason: format!("no op of this model begins with `{prefix}`; without it all are timed"),
-        });
+    shape.check_json()?;
+    let opened = shape.open()?;
+    let runs = shape.runs(&opened, &["qwen3-next-80b", "mistral-7b"], 4)?;
+    let has_op = |run: &Run| bench::check(&opened, &run.model, &run.settings, prefix);
+    // Of several models those that have the op.
+    let checked: Vec<Result<()>> = runs.iter().map(has_op).collect();
+    let is_left_out =
+        |error: &Error| matches!(error, Error::Config { origin, .. } if origin == "--op");
+    let all_left_out = checked
+        .iter()
+        .all(|checked| checked.as_ref().is_err_and(is_left_out));
+    let mut chosen = Vec::new();
+    for (run, checked) in runs.into_iter().zip(checked) {
+        match checked {
+            Ok(()) => chosen.push(run),
+            Err(error) if is_left_out(&error) && !all_left_out => {}
+            Err(error) => return Err(error),
+        }
     }
-    let mut all = shape.describe("kernels", &found.device, settings, run.is_small);
-    all["bandwidth_bytes_per_s"] = json!(found.roofline.bandwidth);
-    all["flops_per_s"] = json!(found.roofline.flops);
-    all["rows"] = found.rows.iter().map(row_json).collect();
-    print(&kernels_text(&found, settings));
-    shape.write(&all)
-}
-
-fn row_json(row: &KernelRow) -> Value {
-    json!({
-        "op": row.op,
-        "calls": row.calls,
-        "flops": row.cost.flops,
-        "bytes": row.cost.bytes,
-        "median_ms": 1e3 * row.times.median_s,
-        "iqr_ms": 1e3 * row.times.iqr_s,
-        "gb_per_s": row.cost.bytes as f64 / row.times.median_s / 1e9,
-        "tflop_per_s": row.cost.flops as f64 / row.times.median_s / 1e12,
-        "share_of_roofline": row.share,
-    })
-}
-
-fn kernels_text(found: &Kernels, settings: &Settings) -> String {
-    let mut text = format!(
-        "{}\nroofline: {:.1} GB/s, {:.3} TFLOP/s, measured; {} tokens in sequences of {}\n{:<26}{:>6}{:>11}{:>10}{:>11}{:>11}{:>10}{:>11}{:>8}\n",
-        found.device,
-        found.roofline.bandwidth / 1e9,
-        found.roofline.flops / 1e12,
-        settings.tokens,
-        settings.sequence_len,
-        "op",
-        "calls",
-        "GFLOP",
-        "MB",
-        "ms",
-        "iqr ms",
-        "GB/s",
-        "TFLOP/s",
-        "share",
-    );
-    for row in &found.rows {
-        let seconds = row.times.median_s;
-        text.push_str(&format!(
-            "{:<26}{:>6}{:>11.3}{:>10.2}{:>11.3}{:>11.3}{:>10.1}{:>11.3}{:>7.0}%\n",
-            row.op,
-            row.calls,
-            row.cost.flops as f64 / 1e9,
-            row.cost.bytes as f64 / 1e6,
-            1e3 * seconds,
-            1e3 * row.times.iqr_s,
-            row.cost.bytes as f64 / seconds / 1e9,
-            row.cost.flops as f64 / seconds / 1e12,
-            1e2 * row.share,
+    let mut all = shape.describe("kernels", &opened, &chosen);
+    print(&format!("{}\n", opened.note));
+    let name = device_name(&opened).to_owned();
+    let mut first = Some(opened);
+    let mut rows = Vec::new();
+    let mut roofline = None;
+    for run in &chosen {
+        let opened = match first.take() {
+            Some(opened) => opened,
+            None => shape.open()?,
+        };
+        let limits = match roofline {
+            Some(limits) => limits,
+            None => {
+                let limits = Roofline::measure(&opened, &run.model, &run.settings)?;
+                print(&report::roofline_text(&name, limits));
+                *roofline.insert(limits)
+            }
+        };
+        let steps = shape.steps as usize;
+        let found = bench::kernels(opened, limits, &run.model, &run.settings, steps, prefix)?;
+        print(&report::kernels_text(
+            &run.model_name,
+            &found,
+            &run.settings,
         ));
+        let json = found
+            .iter()
+            .map(|row| report::row_json(&run.model_name, row));
+        rows.extend(json);
     }
-    text
+    if let Some(limits) = roofline {
+        extend(&mut all, report::roofline_json(&name, limits));
+    }
+    extend(&mut all, json!({"op": prefix, "rows": rows}));
+    shape.write(&all)
 }
 
 fn step(shape: &Shape) -> Result<()> {
-    let run = shape.run(None)?;
-    let settings = &run.settings;
-    let found = bench::step(run.opened, &run.model, settings, shape.steps as usize)?;
-    let mut all = shape.describe("step", &found.device, settings, run.is_small);
-    let shares = found.shares.iter().map(|share| {
-        json!({"op": share.op, "calls": share.calls, "seconds": share.seconds, "share": share.share})
-    });
-    let results = json!({
-        "median_ms": 1e3 * found.times.median_s,
-        "iqr_ms": 1e3 * found.times.iqr_s,
-        "tokens_per_s": found.tokens_per_s,
-        "step_flops": found.flops,
-        "tflop_per_s": found.flops_per_s / 1e12,
-        "loss": found.loss,
-        "num_parameters": found.num_parameters,
-        "recompute": found.recompute,
-        "buffer_bytes": found.buffer_bytes,
-        "device_bytes": found.device_bytes,
-        "rows": shares.collect::<Vec<_>>(),
-    });
-    if let (Some(all), Some(results)) = (all.as_object_mut(), results.as_object()) {
-        all.extend(results.clone());
-    }
-    print(&step_text(&found, settings));
+    shape.check_json()?;
+    let opened = shape.open()?;
+    let runs = shape.runs(&opened, &["qwen3-next-80b"], usize::MAX)?;
+    let [run] = runs.as_slice() else {
+        return Err(Error::Config {
+            origin: "--model".to_owned(),
+            reason: format!("names {} models, a step is of one", runs.len()),
+        });
+    };
+    let mut all = shape.describe("step", &opened, &runs);
+    print(&format!("{}\n", opened.note));
+    let steps = shape.steps as usize;
+    let found = bench::step(opened, &run.model, &run.settings, steps)?;
+    extend(&mut all, report::step_json(&found));
+    print(&report::step_text(&run.model_name, &found, &run.settings));
     shape.write(&all)
 }
 
-fn step_text(found: &StepResult, settings: &Settings) -> String {
-    let mut text = format!(
-        "{}\n{} tokens in sequences of {}, {} adapter parameters, activations {}\n\
-         step      {:.2} ms (iqr {:.2})\n\
-         speed     {:.0} tokens/s, {:.3} TFLOP/s\n\
-         memory    {:.1} MB taken, {:.1} MB of them buffers\n\
-         loss      {:.4}\n{:<26}{:>6}{:>11}{:>8}\n",
-        found.device,
-        settings.tokens,
-        settings.sequence_len,
-        found.num_parameters,
-        if found.recompute {
-            "recomputed"
-        } else {
-            "kept"
-        },
-        1e3 * found.times.median_s,
-        1e3 * found.times.iqr_s,
-        found.tokens_per_s,
-        found.flops_per_s / 1e12,
-        found.device_bytes as f64 / 1e6,
-        found.buffer_bytes as f64 / 1e6,
-        found.loss,
-        "op",
-        "calls",
-        "ms",
-        "share",
-    );
-    for share in &found.shares {
-        text.push_str(&format!(
-            "{:<26}{:>6}{:>11.3}{:>7.1}%\n",
-            share.op,
-            share.calls,
-            1e3 * share.seconds,
-            1e2 * share.share
-        ));
+/// Adds the members of `more` to those of `all`.
+fn extend(all: &mut Value, more: Value) {
+    if let (Some(all), Value::Object(more)) = (all.as_object_mut(), more) {
+        all.extend(more);
     }
-    text
 }
 
 /// Prints to standard output; a reader that went away is no error.

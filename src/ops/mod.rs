@@ -15,6 +15,7 @@
 pub mod cost;
 pub mod dynamic_map;
 mod optimizer;
+mod shape;
 pub mod trace;
 mod traced;
 mod types;

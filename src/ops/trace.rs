@@ -6,10 +6,12 @@ use std::time::Duration;
 use super::cost::Cost;
 
 /// One call of an op.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
     /// The op, as `Ops` calls it.
     pub op: &'static str,
+    /// Extents of its arguments but the tokens, for a person.
+    pub shape: String,
     /// What it costs at least.
     pub cost: Cost,
     /// From launch to end; zero where it is not timed.

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::cost::{self, Cost};
+use super::shape;
 use super::trace::{Call, Mode, Trace};
 use super::{
     AdamWStep, AttentionSpec, DeltaSpec, Experts, GradOut, Linear, Moments, NormSpec, Ops,
@@ -37,11 +38,15 @@ where
         (traced, trace)
     }
 
-    fn call<T>(&self, op: &'static str, cost: Cost, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    fn call<T>(
+        &self,
+        op: &'static str,
+        (cost, shape): (Cost, String),
+        body: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let mut elapsed = Duration::ZERO;
         let value = match self.trace.mode() {
-            Mode::Off => return body(),
-            Mode::Costs => body()?,
+            Mode::Off | Mode::Costs => body()?,
             Mode::Times => {
                 self.inner.synchronize()?;
                 let begun = Instant::now();
@@ -51,7 +56,12 @@ where
                 value
             }
         };
-        self.trace.push(Call { op, cost, elapsed });
+        self.trace.push(Call {
+            op,
+            shape,
+            cost,
+            elapsed,
+        });
         Ok(value)
     }
 }
@@ -61,7 +71,11 @@ macro_rules! ops {
     ($($op:ident($($name:ident: $type:ty),+) $(-> $result:ty)? = $cost:expr;)+) => {
         $(
             fn $op(&self, $($name: $type),+) -> ops!(@result $($result)?) {
-                self.call(stringify!($op), $cost, || self.inner.$op($($name),+))
+                if self.trace.mode() == Mode::Off {
+                    return self.inner.$op($($name),+);
+                }
+                let what = ($cost, shape::of(&[$(&$name),+]));
+                self.call(stringify!($op), what, || self.inner.$op($($name),+))
             }
         )+
     };
