@@ -254,13 +254,12 @@ fn kernels(shape: &Shape, prefix: &str) -> Result<()> {
             Some(opened) => opened,
             None => shape.open()?,
         };
-        let limits = match roofline {
-            Some(limits) => limits,
-            None => {
-                let limits = Roofline::measure(&opened, &run.model, &run.settings)?;
-                print(&report::roofline_text(&name, limits));
-                *roofline.insert(limits)
-            }
+        let limits = if let Some(limits) = roofline {
+            limits
+        } else {
+            let limits = Roofline::measure(&opened, &run.model, &run.settings)?;
+            print(&report::roofline_text(&name, limits));
+            *roofline.insert(limits)
         };
         let steps = shape.steps as usize;
         let found = bench::kernels(opened, limits, &run.model, &run.settings, steps, prefix)?;
