@@ -173,49 +173,53 @@ struct KeptRows : Stage<kExtent, false> {
     }
 };
 
-// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]. What is kept is not scaled: that is
-// left to whoever has the sums, so that what is multiplied is exact in bf16.
+// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]; if rows are gathered, by their tokens.
+// What is kept is not scaled: that is left to whoever has the sums, so that what is multiplied is exact in bf16.
 template <class Tile, unsigned kExtent, bool kAlongRowsOfIt>
 struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
     using S = Stage<kExtent, kAlongRowsOfIt>;
     static constexpr bool kStaged = true;
-    static constexpr unsigned kPerThread = S::kParts / Tile::kThreads;
+    static constexpr unsigned kPerThread = S::kParts / Tile::kThreads, kRowsPerTurn = Tile::kThreads / S::kRowParts;
     static_assert(S::kParts % Tile::kThreads == 0, "as many parts for each thread");
+    static_assert(kRowsPerTurn % 8 == 0 || kPerThread == 1, "all parts of a thread trade places alike");
     Rows matrix;
     unsigned first;
     Dropout mask;
     const uint32_t* tokens;
-    unsigned fetched_step = 0;
+    // What was fetched: the thread's column, parts, and their tokens.
+    unsigned fetched_col = 0;
+    uint32_t token[kPerThread] = {};
     Words4 part[kPerThread] = {};
 
     METHOD DroppedRows(const Rows& matrix, unsigned first, const Dropout& mask, const uint32_t* tokens = nullptr)
         : matrix(matrix), first(first), mask(mask), tokens(tokens) {}
 
     METHOD void fetch(unsigned step) {
-        fetched_step = step;
+        const unsigned row = S::matrix_row(first, step, threadIdx.x / S::kRowParts);
+        const unsigned col = S::matrix_col(first, step, threadIdx.x % S::kRowParts * 8);
+        const unsigned rows = row < matrix.num_rows && col < matrix.num_cols ? matrix.num_rows - row : 0;
+        fetched_col = col;
+        UNROLL for (unsigned i = 0; i < kPerThread; ++i)
+            token[i] = !tokens ? row + i * kRowsPerTurn : i * kRowsPerTurn < rows ? tokens[row + i * kRowsPerTurn] : 0;
         UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
-            const unsigned at = threadIdx.x + i * Tile::kThreads;
-            const unsigned row = S::matrix_row(first, step, at / (S::kCols / 8));
-            const unsigned col = S::matrix_col(first, step, at % (S::kCols / 8) * 8);
+            part[i] = {};
+            if (i * kRowsPerTurn >= rows) continue;
+            const unsigned own = row + i * kRowsPerTurn;
             if (!matrix.is_vectorised) {
-                part[i] = load_part_by_element(matrix, row, col);
-            } else if (row < matrix.num_rows && col < matrix.num_cols) {
-                part[i] = *reinterpret_cast<const Words4*>(static_cast<const bf16*>(matrix.base) + row_start(matrix, row) + col);
-            } else {
-                part[i] = {};
+                part[i] = load_part_by_element(matrix, own, col);
+                continue;
             }
+            const size_t start = (matrix.index ? token[i] : own) * matrix.stride;
+            part[i] = *reinterpret_cast<const Words4*>(static_cast<const bf16*>(matrix.base) + start + col);
         }
     }
-    METHOD void store(SharedAddress tile) const {
-        UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
-            const unsigned at = threadIdx.x + i * Tile::kThreads;
-            const unsigned row = at / S::kRowParts, col = at % S::kRowParts;
-            Words4 kept = part[i];
-            const unsigned matrix_row = S::matrix_row(first, fetched_step, row);
-            if (mask.is_on && matrix_row < matrix.num_rows)
-                drop_part(kept, mask, tokens ? tokens[matrix_row] : matrix_row, S::matrix_col(first, fetched_step, col * 8));
-            store_shared_16(tile + S::place(row, col), kept);
+    METHOD void store(SharedAddress tile) {
+        const SharedAddress target = tile + S::place(threadIdx.x / S::kRowParts, threadIdx.x % S::kRowParts);
+        if (mask.is_on) {
+            UNROLL for (unsigned i = 0; i < kPerThread; ++i) drop_part(part[i], mask, token[i], fetched_col);
         }
+        UNROLL for (unsigned i = 0; i < kPerThread; ++i)
+            store_shared_16(target + i * kRowsPerTurn * S::kCols * sizeof(bf16), part[i]);
     }
 };
 
