@@ -22,3 +22,4 @@ pub mod selftest;
 pub mod store;
 pub mod tensor;
 pub mod train;
+pub mod worker;

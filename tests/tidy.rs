@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 16] = [
+const MAY_NAME: [(&str, &[&str]); 17] = [
     ("error", &[]),
     ("random", &[]),
     ("durable", &["error"]),
@@ -59,6 +59,12 @@ const MAY_NAME: [(&str, &[&str]); 16] = [
         "plan",
         &[
             "error", "store", "config", "data", "ops", "backend", "train",
+        ],
+    ),
+    (
+        "worker",
+        &[
+            "error", "durable", "config", "data", "store", "plan", "train",
         ],
     ),
     ("lib", &[]),

@@ -6,6 +6,8 @@ pub mod model;
 mod reader;
 
 pub use env::Env;
+pub use reader::setting_name;
+pub(crate) use reader::{number, shown};
 
 use std::path::PathBuf;
 
