@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 17] = [
+const MAY_NAME: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("random", &[]),
     ("durable", &["error"]),
@@ -64,9 +64,10 @@ const MAY_NAME: [(&str, &[&str]); 17] = [
     (
         "worker",
         &[
-            "error", "durable", "config", "data", "store", "plan", "train",
+            "error", "durable", "config", "data", "store", "plan", "train", "export",
         ],
     ),
+    ("sim", &[]),
     ("lib", &[]),
 ];
 

@@ -4,6 +4,7 @@
     clippy::panic,
     reason = "a test's helper fails its test"
 )]
+#![allow(clippy::float_cmp, reason = "settings are kept to the bit")]
 
 mod common;
 
@@ -284,12 +285,9 @@ fn what_is_unusual_is_told_and_run() {
         |rate: f64| changed(|input| input["hyperparameters"]["learning_rate"] = json!(rate));
     assert!(job(&usual(1e-3)).warnings.is_empty() && job(&usual(1e-5)).warnings.is_empty());
     // What is said of the hardware keeps nothing from running.
-    let gpu =
-        job(&changed(
-            |input| {
-                input["gpu_config"] = json!({"type": 3, "count": 99, "cost_per_gpu_hour": "free"})
-            },
-        ));
+    let gpu = job(&changed(|input| {
+        input["gpu_config"] = json!({"type": 3, "count": 99, "cost_per_gpu_hour": "free"});
+    }));
     assert_eq!(gpu.gpu, brightrun::worker::job::GpuRequest::default());
     assert_eq!(gpu.warnings.len(), 3, "{:?}", gpu.warnings);
     let two = warnings(|input| input["gpu_config"]["count"] = json!(2));
@@ -333,6 +331,15 @@ fn unknown_keys_are_kept_and_told_by_path() {
         told.contains("`learning_rate` means nothing here; it belongs into `hyperparameters`"),
         "{told}"
     );
+    let many = changed(|input| {
+        for index in 0..25 {
+            input[format!("key{index}\n")] = json!(index);
+        }
+    });
+    let many = self::job(&many);
+    assert_eq!((many.unknown.len(), many.warnings.len()), (25, 21));
+    assert_eq!(many.unknown[0].path, "key0\\n");
+    assert_eq!(many.warnings[20], "5 more keys mean nothing here");
     // The one that was in its place counts.
     assert_eq!(config_of(&job).learning_rate, 1e-4);
 }
@@ -514,7 +521,7 @@ fn the_workers_settings_lie_under_the_jobs() {
     let defaults = defaults.as_object().unwrap();
     let paths = ["/m", "/d", "/o"].map(Path::new);
     let job = job(&changed(|input| {
-        input["hyperparameters"]["batch_size"] = json!(16)
+        input["hyperparameters"]["batch_size"] = json!(16);
     }));
     let config = job
         .train_config(paths[0], paths[1], paths[2], defaults)
@@ -579,7 +586,7 @@ fn job_of(batch_size: usize) -> Job {
 fn an_adapter_names_the_base_that_was_asked_for_and_no_path() {
     // 14 pairs are less than a step.
     let (dir, config) = small_run(&job_of(16), 14);
-    let fitted = fit(config, Place::Cpu(1 << 40), &Env::default()).unwrap();
+    let fitted = fit(&config, Place::Cpu(1 << 40), &Env::default()).unwrap();
     assert_eq!(fitted.lengths.total_steps, 2);
     let mut steps = Vec::new();
     let mut observer = |event: &Event| {
@@ -625,7 +632,7 @@ fn the_largest_micro_batch_that_fits_keeps_the_step() {
             gradient_accumulation_steps: 12 / micro,
             ..config.clone()
         };
-        let fitted = fit(config, Place::Cpu(1 << 40), &Env::default()).unwrap();
+        let fitted = fit(&config, Place::Cpu(1 << 40), &Env::default()).unwrap();
         assert_eq!(fitted.config.micro_batch_size, micro);
         fitted.num_bytes
     };
@@ -641,11 +648,11 @@ fn the_largest_micro_batch_that_fits_keeps_the_step() {
                 gradient_accumulation_steps: 12 / micro,
                 ..full.clone()
             };
-            fit(config, Place::Cpu(1 << 40), &Env::default())
+            fit(&config, Place::Cpu(1 << 40), &Env::default())
                 .unwrap()
                 .num_bytes
         };
-        let fitted = fit(full.clone(), Place::Cpu(needed), &Env::default()).unwrap();
+        let fitted = fit(&full, Place::Cpu(needed), &Env::default()).unwrap();
         let found = (
             fitted.config.micro_batch_size,
             fitted.config.gradient_accumulation_steps,
@@ -679,8 +686,8 @@ fn what_cannot_fit_is_refused_with_numbers_and_advice() {
         ..config.clone()
     };
     let place = Place::Cpu(1 << 40);
-    let needed = fit(one.clone(), place, &Env::default()).unwrap().num_bytes;
-    let error = fit(config, Place::Cpu(needed - 1), &Env::default()).unwrap_err();
+    let needed = fit(&one, place, &Env::default()).unwrap().num_bytes;
+    let error = fit(&config, Place::Cpu(needed - 1), &Env::default()).unwrap_err();
     assert_eq!(error.exit_code(), 12);
     let text = error.to_string();
     let numbers = format!(
@@ -697,7 +704,7 @@ fn what_cannot_fit_is_refused_with_numbers_and_advice() {
     // On a GPU as well.
     let mut tiny = gpu("1GB").unwrap();
     tiny.num_bytes = CONTEXT_BYTES + 1000;
-    let error = fit(one, Place::Gpu(tiny), &Env::default()).unwrap_err();
+    let error = fit(&one, Place::Gpu(tiny), &Env::default()).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }
 
@@ -721,7 +728,7 @@ fn the_80b_gets_the_micro_batch_that_an_80_gb_card_takes() {
         .train_config(dir.path(), &data, dir.path(), &Map::new())
         .unwrap();
     let place = Place::Gpu(gpu("80GB").unwrap());
-    let fitted = fit(config, place, &Env::default()).unwrap();
+    let fitted = fit(&config, place, &Env::default()).unwrap();
     let (micro, passes) = (
         fitted.config.micro_batch_size,
         fitted.config.gradient_accumulation_steps,

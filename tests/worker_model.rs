@@ -231,7 +231,7 @@ fn a_place_counts_only_when_it_is_whole() {
     );
     assert!(with(&remove("model.safetensors")).contains("has no weights"));
     let pickled = with(&|dir| {
-        fs_err::rename(dir.join("model.safetensors"), dir.join("pytorch_model.bin")).unwrap()
+        fs_err::rename(dir.join("model.safetensors"), dir.join("pytorch_model.bin")).unwrap();
     });
     assert!(pickled.contains("which are not read"), "{pickled}");
     let half = with(&|dir| fs_err::write(dir.join("config.json"), "{\"model_ty").unwrap());
@@ -239,6 +239,9 @@ fn a_place_counts_only_when_it_is_whole() {
         half.contains("`config.json` is no JSON (10 bytes)"),
         "{half}"
     );
+    let quantised = json!({"quantization_config": {"quant_method": "fp8"}}).to_string();
+    let quantised = with(&|dir| fs_err::write(dir.join("config.json"), &quantised).unwrap());
+    assert!(quantised.contains("quantised already (fp8)"), "{quantised}");
     let resize = |change: i64| {
         with(&move |dir: &Path| {
             let path = dir.join("model.safetensors");
@@ -419,11 +422,15 @@ fn what_is_not_found_is_told_with_every_place() {
 }
 
 /// What [`identity::check`] says of a config with `changes`, in a directory `name`.
-fn identified(id: &str, name: &str, changes: Value) -> Result<Identity, IdentityError> {
+fn identified(
+    id: &str,
+    name: &str,
+    changes: impl std::borrow::Borrow<Value>,
+) -> Result<Identity, IdentityError> {
     let disks = Disks::new();
     let dir = disks.model(name);
     rewrite_json(&dir.join("config.json"), |config| {
-        for (key, value) in changes.as_object().unwrap() {
+        for (key, value) in changes.borrow().as_object().unwrap() {
             config[key] = value.clone();
         }
     });

@@ -8,11 +8,22 @@ use std::time::Duration;
 
 use brightrun::sim::{Bucket, Record, Settings, Sim, fault};
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+const FAULTS_HELP: &str = r"A file of faults, JSON or YAML:
+  - {route: done, last: 2, action: {status: {code: 500}}}
+  - {route: done, first: 3, last: 3, action: reset_after}
+  - {route: files, action: {bytes_per_second: 1000}}
+  - {route: tus, method: PATCH, path: lora, first: 2, last: 2, action: reset}
+Routes: take stop done progress stream ping client rows storage tus files callback.
+Actions: {status: {code, body, retry_after, committed}} {delay_ms: N} hang reset reset_after
+  {redirect: URL}; files and stored objects also {cut_after: N} {bytes_per_second: N}
+  {wrong_length: N} endless gzip.
+`first` and `last` count the requests a fault looks at, from 1; without `last` it never ends.";
 
 /// Simulator of the platform a training worker runs on.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, after_help = FAULTS_HELP)]
 struct Args {
     /// Port on 127.0.0.1; 0 takes any free one.
     #[arg(long, default_value_t = 8090)]
@@ -69,21 +80,29 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> io::Result<()> {
     let sim = Sim::start(settings(args)?)?;
-    let mut out = io::stdout().lock();
-    introduce(&sim, args.json, &mut out)?;
-    for path in &args.row {
-        sim.insert_row("pipeline_training_jobs", &json_file(path)?)?;
-    }
-    for path in &args.submit {
-        let id = sim.submit(json_file(path)?)?;
-        if !args.json {
-            writeln!(out, "# submitted {id}")?;
-        }
-    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(follow(&sim, args.json, &mut out))
+    runtime.block_on(async {
+        // Who has read the first line may send a signal.
+        let signals = [
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+        ];
+        let mut out = io::stdout().lock();
+        introduce(&sim, args.json, &mut out)?;
+        for path in &args.row {
+            sim.insert_row("pipeline_training_jobs", &json_file(path)?)?;
+        }
+        for path in &args.submit {
+            let id = sim.submit(json_file(path)?)?;
+            if !args.json {
+                writeln!(out, "# submitted {id}")?;
+            }
+        }
+        out.flush()?;
+        follow(&sim, args.json, signals, &mut out).await
+    })
 }
 
 fn settings(args: &Args) -> io::Result<Settings> {
@@ -152,9 +171,12 @@ fn introduce(sim: &Sim, json: bool, out: &mut impl Write) -> io::Result<()> {
 }
 
 /// Prints each request once it is answered, or a second after it came, until Ctrl-C or SIGTERM.
-async fn follow(sim: &Sim, json: bool, out: &mut impl Write) -> io::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+async fn follow(
+    sim: &Sim,
+    json: bool,
+    [mut interrupt, mut terminate]: [Signal; 2],
+    out: &mut impl Write,
+) -> io::Result<()> {
     let mut beat = tokio::time::interval(Duration::from_millis(50));
     let mut pending: Vec<(usize, u32)> = Vec::new();
     let (mut next, mut violations) = (0, 0);

@@ -24,7 +24,7 @@ pub(super) fn run(arguments: &ConfigArguments) -> Result<ExitCode> {
         let _ = std::io::stdin().read_to_end(&mut rest);
         watched.set(usize::try_from(SIGTERM).unwrap_or(15));
     });
-    let outcome = arguments.load().and_then(|config| train(config, &stop));
+    let outcome = arguments.load().and_then(|config| train(&config, &stop));
     let (ending, code) = match outcome {
         Ok(Outcome::Finished { adapter, summary }) => {
             let ending = Ending::Finished {
@@ -54,7 +54,7 @@ fn ending_of(error: &Error) -> Ending {
     }
 }
 
-fn train(config: TrainConfig, stop: &StopFlag) -> Result<Outcome> {
+fn train(config: &TrainConfig, stop: &StopFlag) -> Result<Outcome> {
     let env = Env::read();
     let place = here(config.device, &env)?;
     let fitted = fit(config, place, &env)?;

@@ -25,6 +25,7 @@ use super::state::JobDir;
 use super::status::Status;
 use super::upstream::Upstream;
 use super::{base, data};
+use crate::config::TrainConfig;
 use crate::durable::Durable;
 
 /// Output of a run, in a job's directory.
@@ -346,9 +347,14 @@ impl Work<'_> {
         let model = base::get(context, &self.job.base_model, &self.log, ends.cancel()).await;
         let model = model.map_err(|error| ended(error.into()))?;
         let output = self.dir.path(OUTPUT);
+        let mut defaults = context.defaults();
+        // A checkpoint is gone on from with the passes it was made with, whatever else would fit today.
+        if let Some(size) = self.micro_batch_size() {
+            defaults.insert("micro_batch_size".to_owned(), json!(size));
+        }
         let config = self
             .job
-            .train_config(&model, &dataset, &output, &context.defaults())?;
+            .train_config(&model, &dataset, &output, &defaults)?;
         let path = self.dir.path("train.yml");
         Durable::default().replace(&path, config.resolved_yaml()?.as_bytes())?;
         let signals = Signals {
@@ -367,6 +373,16 @@ impl Work<'_> {
             config.lora_r.max(config.lora_expert_r.unwrap_or(0)),
             reports,
         )
+    }
+
+    /// Targets of a pass of the run that left a checkpoint.
+    fn micro_batch_size(&self) -> Option<usize> {
+        let path = self.dir.path(OUTPUT).join("config.resolved.yaml");
+        let is_begun = self.dir.newest_checkpoint() > 0 && path.is_file();
+        let config = is_begun
+            .then(|| TrainConfig::load(&path, &[]).ok())
+            .flatten()?;
+        Some(config.micro_batch_size)
     }
 
     /// What an ending means; a finished run is written down before anything else is done with it.

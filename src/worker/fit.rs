@@ -52,17 +52,17 @@ impl fmt::Display for Fitted {
 ///
 /// # Errors
 /// [`Error::OutOfMemory`] with the bytes and what would make it fit; those of the model's config and of the data.
-pub fn fit(config: TrainConfig, place: Place, env: &Env) -> Result<Fitted> {
+pub fn fit(config: &TrainConfig, place: Place, env: &Env) -> Result<Fitted> {
     let dir = locate(&config.base_model, env)?;
     let model = ModelConfig::from_file(dir.join("config.json"))?;
-    let data = Dataset::load(&config, &dir, model.vocab_size, Date::today())?;
+    let data = Dataset::load(config, &dir, model.vocab_size, Date::today())?;
     // Neither weights nor the longest sequence depend on the micro-batches.
-    let positions = Lengths::new(&config, &data).positions;
-    let planner = Planner::new(&config, &model, positions)?;
+    let positions = Lengths::new(config, &data).positions;
+    let planner = Planner::new(config, &model, positions)?;
     let usable_bytes = place.usable_bytes();
     let mut too_large = Vec::new();
-    for micro_batch_size in sizes(&config) {
-        let config = with(&config, micro_batch_size);
+    for micro_batch_size in sizes(config) {
+        let config = with(config, micro_batch_size);
         let lengths = Lengths::new(&config, &data);
         match memory(&planner, place, lengths) {
             Ok(memory) if memory.num_bytes() <= usable_bytes => {
@@ -80,7 +80,7 @@ pub fn fit(config: TrainConfig, place: Place, env: &Env) -> Result<Fitted> {
             Err(error) => return Err(error),
         }
     }
-    let config = with(&config, 1);
+    let config = with(config, 1);
     let lengths = Some(Lengths::new(&config, &data));
     let subject = Subject {
         config,

@@ -23,6 +23,8 @@ const MAX_LEARNING_RATE: f64 = 1e-2;
 const USUAL_LEARNING_RATES: std::ops::RangeInclusive<f64> = 1e-5..=1e-3;
 /// vLLM's default `max_lora_rank`: it does not load an adapter of a higher one.
 const VLLM_MAX_RANK: usize = 16;
+/// Unknown keys that are told; more are counted.
+const MAX_UNKNOWN_TOLD: usize = 20;
 /// Longest part of an id.
 const MAX_NAME_LEN: usize = 96;
 
@@ -43,7 +45,7 @@ pub struct Job {
     pub gpu: GpuRequest,
     /// What a person should know.
     pub warnings: Vec<String>,
-    /// Keys that mean nothing here. Each is among `warnings` too.
+    /// Keys that mean nothing here; the first ones are among `warnings` too.
     pub unknown: Vec<Unknown>,
     settings: Map<String, Value>,
 }
@@ -117,7 +119,11 @@ impl Job {
         };
         let settings = intake.settings();
         let mut warnings = intake.warnings;
-        warnings.extend(intake.unknown.iter().map(Unknown::to_string));
+        let told = intake.unknown.iter().take(MAX_UNKNOWN_TOLD);
+        warnings.extend(told.map(Unknown::to_string));
+        if let Some(more @ 1..) = intake.unknown.len().checked_sub(MAX_UNKNOWN_TOLD) {
+            warnings.push(format!("{more} more keys mean nothing here"));
+        }
         Ok(Self {
             id,
             base_model,
@@ -234,8 +240,7 @@ fn read_url(intake: &mut Intake, name: &str) -> Option<JobUrl> {
 
 /// What is no more than information keeps no job from running.
 fn read_gpu(intake: &mut Intake) -> GpuRequest {
-    let mut aside = Vec::new();
-    std::mem::swap(&mut aside, &mut intake.problems);
+    let problems = std::mem::take(&mut intake.problems);
     let positive = |value: f64| value > 0.0;
     let gpu = GpuRequest {
         kind: intake.text("gpu_type").map(|(_, text)| text),
@@ -248,8 +253,8 @@ fn read_gpu(intake: &mut Intake) -> GpuRequest {
     for name in ["gpu_count", "gpu_memory_gb", "cost_per_gpu_hour"] {
         intake.take(name);
     }
-    std::mem::swap(&mut aside, &mut intake.problems);
-    intake.warnings.extend(aside);
+    let told = std::mem::replace(&mut intake.problems, problems);
+    intake.warnings.extend(told);
     if let Some(count @ 2..) = gpu.count {
         let warning = format!("the job asks for {count} GPUs; a run uses one");
         intake.warnings.push(warning);

@@ -6,6 +6,7 @@
     reason = "a helper that cannot go on fails its test"
 )]
 
+mod binary;
 mod faults;
 mod platform;
 mod rows;

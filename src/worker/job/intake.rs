@@ -184,7 +184,8 @@ impl Intake {
             self.problems.push(reason);
             return;
         }
-        self.put(name, &path, value);
+        // A key that is none is told by the config's reader.
+        self.put(&shown_key(name), &path, value);
     }
 
     fn leave(&mut self, object: &str, key: &str, value: &Value, hint: Option<&str>) {
@@ -207,19 +208,11 @@ impl Intake {
         }
         if let Some(other) = self.given.get(name) {
             if !is_same(&other.value, value) {
-                let is_secret = name.ends_with("_url");
-                let show = |value| {
-                    if is_secret {
-                        "one".to_owned()
-                    } else {
-                        shown(value)
-                    }
-                };
                 let reason = format!(
                     "`{}` is {} and `{path}` is {}; they mean the same, keep one",
                     other.path,
-                    show(&other.value),
-                    show(value)
+                    shown(&other.value),
+                    shown(value)
                 );
                 self.problems.push(reason);
             }

@@ -72,16 +72,13 @@ impl fmt::Display for JobUrl {
         let end = text.find(['?', '#']).unwrap_or(text.len());
         let shown = &text[..end];
         let tail = if end < text.len() { "?..." } else { "" };
-        match shown.split_once("://") {
-            Some((scheme, rest)) => {
-                let host = host_of(rest);
-                let path = rest.find('/').map_or("", |at| &rest[at..]);
-                write!(f, "{scheme}://{host}{path}{tail}")
-            }
-            None => {
-                let shown = shown.rsplit_once('@').map_or(shown, |(_, host)| host);
-                write!(f, "{shown}{tail}")
-            }
+        if let Some((scheme, rest)) = shown.split_once("://") {
+            let host = host_of(rest);
+            let path = rest.find('/').map_or("", |at| &rest[at..]);
+            write!(f, "{scheme}://{host}{path}{tail}")
+        } else {
+            let shown = shown.rsplit_once('@').map_or(shown, |(_, host)| host);
+            write!(f, "{shown}{tail}")
         }
     }
 }

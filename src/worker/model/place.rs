@@ -43,10 +43,19 @@ pub(super) fn check(dir: &Path) -> Result<Whole, String> {
         Err(error) => return Err(format!("cannot be looked into: {}", error.kind())),
     }
     let mut faults = Vec::new();
-    for name in ["config.json", "tokenizer.json"] {
-        if let Err(fault) = read_json(dir, name) {
-            faults.push(fault);
+    match read_json(dir, "config.json") {
+        Ok(config) if !config["quantization_config"].is_null() => {
+            let method = config["quantization_config"]["quant_method"].as_str();
+            faults.push(format!(
+                "it is quantised already ({}); a base is F32, BF16 or F16",
+                method.unwrap_or("by an unnamed method")
+            ));
         }
+        Ok(_) => {}
+        Err(fault) => faults.push(fault),
+    }
+    if let Err(fault) = read_json(dir, "tokenizer.json") {
+        faults.push(fault);
     }
     if dir.join("tokenizer.model").is_file() && !dir.join("tokenizer.json").exists() {
         faults.push("it has `tokenizer.model`, which is not read; convert it".to_owned());
