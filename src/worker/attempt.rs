@@ -234,12 +234,17 @@ impl Work<'_> {
             }
             None => self.train(&reports).await,
         };
-        let result = match trained {
-            Ok(delivery) if !lease.is_lost() => self.deliver(delivery, &reports).await,
+        let brought = match trained {
+            Ok(delivery) if !lease.is_lost() => self.bring(delivery, &reports).await,
             Ok(_) => Err(Failure::Ended(Reason::LostLease)),
             Err(failure) => Err(failure),
         };
+        // Nothing is reported after the last word.
         let status = reports.stop().await;
+        let result = match brought {
+            Ok(delivery) => self.conclude(delivery).await,
+            Err(failure) => Err(failure),
+        };
         match result {
             Ok(delivery) => {
                 if let Some(row) = &row {
@@ -450,33 +455,39 @@ impl Work<'_> {
         Ok(delivery)
     }
 
-    async fn deliver(
-        &self,
-        mut delivery: Delivery,
-        reports: &Reports,
-    ) -> Result<Delivery, Failure> {
+    async fn bring(&self, mut delivery: Delivery, reports: &Reports) -> Result<Delivery, Failure> {
         let Attempt { context, ends, .. } = self.attempt;
         reports.change(|status| status.at("uploading", 97.0));
+        let cancel = ends.cancel();
+        match delivery.bring(context, &self.dir, &self.log, cancel).await {
+            Ok(()) => Ok(delivery),
+            Err(stuck) => Err(self.stuck(stuck)),
+        }
+    }
+
+    async fn conclude(&self, mut delivery: Delivery) -> Result<Delivery, Failure> {
+        let Attempt { context, ends, .. } = self.attempt;
+        let cancel = ends.cancel();
         match delivery
-            .run(context, &self.dir, &self.log, ends.cancel())
+            .conclude(context, &self.dir, &self.log, cancel)
             .await
         {
             Ok(()) => {
                 delivery.store(&self.dir).map_err(Failure::Failed)?;
-                reports.change(|status| {
-                    status.at("completed", 100.0);
-                    status.status = "completed";
-                });
                 Ok(delivery)
             }
-            Err(Stuck::Cancelled) => Err(Failure::Ended(Reason::Row)),
-            Err(Stuck::Kept(reason)) => match ends.reason() {
-                Some(reason) => Err(Failure::Ended(reason)),
-                None => Err(Failure::Failed(format!(
-                    "the adapter is trained and kept, but could not be delivered: {reason}; the next start of a worker with this \
-                     volume delivers it"
-                ))),
-            },
+            Err(stuck) => Err(self.stuck(stuck)),
+        }
+    }
+
+    fn stuck(&self, stuck: Stuck) -> Failure {
+        match (stuck, self.attempt.ends.reason()) {
+            (_, Some(reason)) => Failure::Ended(reason),
+            (Stuck::Cancelled, None) => Failure::Ended(Reason::Row),
+            (Stuck::Kept(reason), None) => Failure::Failed(format!(
+                "the adapter is trained and kept, but could not be delivered: {reason}; the next start of a worker with this \
+                 volume delivers it"
+            )),
         }
     }
 
@@ -604,7 +615,11 @@ async fn empty_outbox(context: &Context, upstream: &Upstream) {
             "delivering the adapter of job {id}, which an earlier worker trained"
         ));
         let mut delivery = delivery;
-        match delivery.run(context, &dir, &log, &was_lost).await {
+        let mut delivered = delivery.bring(context, &dir, &log, &was_lost).await;
+        if delivered.is_ok() {
+            delivered = delivery.conclude(context, &dir, &log, &was_lost).await;
+        }
+        match delivered {
             Ok(()) => {}
             Err(Stuck::Cancelled) => {
                 log.info("the application cancelled the job; nothing is delivered");

@@ -103,11 +103,11 @@ impl Delivery {
         self.uploaded && self.row_written && self.posted && self.told
     }
 
-    /// Storage, row and answer, in this order, each once. At the end [`Self::output`] is there.
+    /// Storage, then the answer, each once. At the end [`Self::output`] is there.
     ///
     /// # Errors
     /// [`Stuck`].
-    pub async fn run(
+    pub async fn bring(
         &mut self,
         context: &Context,
         job: &JobDir,
@@ -117,38 +117,46 @@ impl Delivery {
         let kept = |error: String| Stuck::Kept(log.redact(&error));
         let Some(supabase) = &context.supabase else {
             (self.uploaded, self.row_written) = (true, true);
-            let output = self.describe(
-                &self.trained.adapter.display().to_string(),
-                &Map::new(),
-                None,
-            );
+            let adapter = self.trained.adapter.display().to_string();
+            let output = self.describe(&adapter, &Map::new(), None);
             self.output.get_or_insert(output);
             return self.save(job).map_err(kept);
         };
-        let row = Row::new(supabase, &self.job_id);
         if !self.uploaded {
             self.upload(supabase, context, job, log, cancel).await?;
         }
         if self.output.is_none() {
-            self.output = Some(
-                self.answer(supabase, context)
-                    .await
-                    .map_err(|e| kept(e.to_string()))?,
-            );
-            self.save(job).map_err(kept)?;
-        }
-        if !self.row_written {
-            match self.write_row(&row, context, log, cancel).await {
-                Ok(()) => self.row_written = true,
-                Err(Stuck::Cancelled) => return Err(Stuck::Cancelled),
-                // The adapter is there and the platform is told; the row follows.
-                Err(Stuck::Kept(reason)) => {
-                    log.warn(&format!("the row is written later: {reason}"))
-                }
-            }
+            let answer = self.answer(supabase, context).await;
+            self.output = Some(answer.map_err(|error| kept(error.to_string()))?);
             self.save(job).map_err(kept)?;
         }
         Ok(())
+    }
+
+    /// The row's last word, once, after all reports: the application deploys at every update of a finished row. Where the
+    /// database cannot be reached it is left for later.
+    ///
+    /// # Errors
+    /// [`Stuck::Cancelled`]; those of the file system.
+    pub async fn conclude(
+        &mut self,
+        context: &Context,
+        job: &JobDir,
+        log: &Log,
+        cancel: &Cancel,
+    ) -> Result<(), Stuck> {
+        let (Some(supabase), false) = (&context.supabase, self.row_written) else {
+            return Ok(());
+        };
+        let row = Row::new(supabase, &self.job_id);
+        match self.write_row(&row, context, log, cancel).await {
+            Ok(()) => self.row_written = true,
+            Err(Stuck::Cancelled) => return Err(Stuck::Cancelled),
+            // The adapter is there and the platform is told; the row follows.
+            Err(Stuck::Kept(reason)) => log.warn(&format!("the row is written later: {reason}")),
+        }
+        let kept = |error: String| Stuck::Kept(log.redact(&error));
+        self.save(job).map_err(kept)
     }
 
     /// Writes the state of the delivery.

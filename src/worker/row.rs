@@ -82,6 +82,7 @@ impl Row {
         log: &Log,
     ) -> Claim {
         let mut seen: Option<(Value, tokio::time::Instant)> = None;
+        let mut told = false;
         loop {
             let row = match self.read().await {
                 Ok(Some(row)) => row,
@@ -102,7 +103,9 @@ impl Row {
                         Some((at, since)) if *at == renewed => *since,
                         _ => {
                             let now = tokio::time::Instant::now();
-                            log.info("the row says that another worker is at this job; looking whether it is");
+                            if !std::mem::replace(&mut told, true) {
+                                log.info("the row says that another worker is at this job; looking whether it is");
+                            }
                             seen = Some((renewed, now));
                             now
                         }

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::harness::Deployment;
 
 /// A job that runs long enough to be ended.
-const LONG: u32 = 20;
+const LONG: u32 = 8;
 
 fn is_kept(deployment: &Deployment, id: &str) -> bool {
     let dir = deployment.path(&format!("volume/brightrun/jobs/{id}/run/checkpoints"));

@@ -42,15 +42,17 @@ fn the_database_is_down_for_the_whole_run() {
 fn the_storage_fails_twenty_times() {
     let mut deployment = Deployment::new();
     let (body, id) = deployment.job(22, 1);
-    for (first, action) in [
-        (1, status(500)),
-        (4, status(503)),
-        (8, Action::Reset),
-        (12, Action::ResetAfter),
-        (16, status(429)),
-    ] {
-        let mut fault = Fault::next(Route::Storage, first + 3, action);
-        fault.first = first;
+    let actions = [
+        status(500),
+        status(503),
+        Action::Reset,
+        Action::ResetAfter,
+        status(429),
+    ];
+    // Every third request: a check of what is there takes two.
+    for (number, action) in actions.iter().cycle().take(20).enumerate() {
+        let mut fault = Fault::next(Route::Storage, 3 * number as u64 + 1, action.clone());
+        fault.first = 3 * number as u64 + 1;
         deployment.sim.add_fault(fault);
     }
     let runpod_id = deployment.sim.submit(body).unwrap();
@@ -203,9 +205,7 @@ fn one_job_for_two_workers_is_trained_once() {
         second.said().contains("another worker is at this job")
     });
     deployment.completed(&runpod_id);
-    deployment.until("both", || {
-        first.said().contains("Finished.") && second.said().contains("Finished.")
-    });
+    deployment.until("both", || first.is_over() && second.is_over());
     let trainings = deployment.logs().matches("training: ").count();
     assert_eq!(trainings, 1, "{}", deployment.logs());
     assert_eq!(deployment.sim.deploys(), 1);
@@ -226,9 +226,7 @@ fn one_job_for_two_workers_without_a_common_volume_is_trained_once() {
         second.said().contains("the row says that another worker")
     });
     deployment.completed(&runpod_id);
-    deployment.until("both", || {
-        first.said().contains("Finished.") && second.said().contains("Finished.")
-    });
+    deployment.until("both", || first.is_over() && second.is_over());
     let trainings = deployment.logs().matches("training: ").count();
     assert_eq!(trainings, 1, "{}", deployment.logs());
     assert_eq!(deployment.sim.deploys(), 1);
@@ -242,7 +240,7 @@ fn sigterm_ends_an_idle_worker_and_saves_a_busy_one() {
     deployment.until("a take", || deployment.sim.count(Route::Take) > 0);
     idle.signal(Signal::TERM);
     assert_eq!(idle.wait(), Some(0));
-    let (body, id) = deployment.job(34, 30);
+    let (body, id) = deployment.job(34, 20);
     let runpod_id = deployment.sim.submit(body).unwrap();
     let mut busy = deployment.worker_with(&[("BRIGHTRUN_DRAIN_S", "1")]);
     deployment.until_step(&id, 1);
@@ -254,7 +252,7 @@ fn sigterm_ends_an_idle_worker_and_saves_a_busy_one() {
     let next = deployment.worker();
     deployment.completed(&runpod_id);
     assert!(next.said().contains("going on after step"));
-    let (body, id) = deployment.job(35, 30);
+    let (body, id) = deployment.job(35, 20);
     deployment.sim.submit(body).unwrap();
     let mut twice = next;
     deployment.until_step(&id, 1);

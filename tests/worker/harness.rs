@@ -87,7 +87,7 @@ impl Deployment {
                 "alpha": 16, "dropout": 0.05,
             },
             "gpu_config": {"type": "NVIDIA A40", "count": 1},
-            "config": {"sequence_len": 512, "save_steps": 2},
+            "config": {"sequence_len": 512, "save_steps": 5},
         }})
     }
 
@@ -305,6 +305,12 @@ impl Worker {
 
     pub(crate) fn said(&self) -> String {
         String::from_utf8_lossy(&fs_err::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether it is through with a job, whoever answered it.
+    pub(crate) fn is_over(&self) -> bool {
+        let said = self.said();
+        said.contains("Finished.") || said.contains("its result is stored")
     }
 
     /// Its highest resident memory so far, in bytes.
