@@ -137,18 +137,13 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
 
 async fn serve_queue(context: &Arc<Context>, platform: &Platform, drain: &Drain) -> ExitCode {
     let env = &context.env.runpod;
-    if !env.skip_checks {
-        if let Err(unfit) = fitness::check(context).await {
-            context.log.error(&unfit.reason);
-            ping::unhealthy(
-                env,
-                &platform.worker_id,
-                unfit.check,
-                &context.log.redact(&unfit.reason),
-            )
-            .await;
-            return ExitCode::FAILURE;
-        }
+    if !env.skip_checks
+        && let Err(unfit) = fitness::check(context).await
+    {
+        context.log.error(&unfit.reason);
+        let reason = context.log.redact(&unfit.reason);
+        ping::unhealthy(env, &platform.worker_id, unfit.check, &reason).await;
+        return ExitCode::FAILURE;
     }
     let jobs = InProgress::default();
     ping::start(env, &platform.worker_id, &jobs, &context.log);

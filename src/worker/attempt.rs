@@ -31,7 +31,7 @@ use crate::durable::Durable;
 /// Output of a run, in a job's directory.
 const OUTPUT: &str = "run";
 /// Time between two looks at what is not delivered.
-const OUTBOX: Duration = Duration::from_secs(60);
+const OUTBOX: Duration = Duration::from_mins(1);
 /// Time that a failure is tried to be written to the row.
 const FAILURE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -96,7 +96,7 @@ impl Attempt<'_> {
                         log: log.clone(),
                         begun,
                     };
-                    return work.run().await;
+                    return Box::pin(work.run()).await;
                 }
                 Err(error) => self.refuse(&error.to_string(), begun, &log).await,
             },
@@ -134,13 +134,13 @@ impl Attempt<'_> {
         match &posted {
             Posted::Accepted => log.info("Finished."),
             Posted::Gone => {
-                log.warn("the platform does not know the job any more; its result is stored")
+                log.warn("the platform does not know the job any more; its result is stored");
             }
             Posted::Undelivered(why) => log.error(&format!(
                 "the result could not be delivered and is stored: {why}"
             )),
             Posted::Unauthorized => {
-                log.error("the platform refuses RUNPOD_AI_API_KEY; the result is stored")
+                log.error("the platform refuses RUNPOD_AI_API_KEY; the result is stored");
             }
         }
         posted
@@ -219,10 +219,10 @@ impl Work<'_> {
             .as_ref()
             .map(|supabase| Row::new(supabase, &self.job.id));
         let kept: Option<Delivery> = self.dir.read(deliver::FILE);
-        if kept.is_none() {
-            if let Some(answer) = self.claim(row.as_ref()).await {
-                return (answer, None);
-            }
+        if kept.is_none()
+            && let Some(answer) = self.claim(row.as_ref()).await
+        {
+            return (answer, None);
         }
         let reports = self.report(row.clone());
         let trained = match kept {

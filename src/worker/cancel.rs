@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::net::{Cancel, Canceller};
 
 /// Who or what ends a job.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// The platform: nothing is posted for the job any more.
     JobStop,
@@ -50,7 +50,7 @@ impl Ends {
 
     /// Why it ends.
     pub fn reason(&self) -> Option<Reason> {
-        self.lock().clone()
+        *self.lock()
     }
 
     /// The flag that goes up.

@@ -17,7 +17,7 @@ use crate::train::events::Event;
 /// Characters that are kept of what the trainer says besides its events.
 const LAST_WORDS: usize = 2000;
 /// Longest time a run of an earlier worker takes to notice that it is alone.
-const PREDECESSOR: Duration = Duration::from_secs(300);
+const PREDECESSOR: Duration = Duration::from_mins(5);
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -26,11 +26,11 @@ const MANIFEST: &str = "manifest.json";
 /// Time that signed addresses of the adapter are good for, in seconds: 7 days.
 const SIGNED_S: u64 = 7 * 24 * 3600;
 /// The dispatcher writes its `initializing` after the job is accepted; what it overwrote is written again within this time.
-const DISPATCHER: Duration = Duration::from_secs(60);
+const DISPATCHER: Duration = Duration::from_mins(1);
 /// When the row is looked at for that.
 const LOOK_AGAIN: Duration = Duration::from_secs(12);
 /// Time that the row is tried for before the platform is answered: a GPU waits.
-const ROW_PATIENCE: Duration = Duration::from_secs(60);
+const ROW_PATIENCE: Duration = Duration::from_mins(1);
 /// Waits between tries of the last callback.
 const CALLBACK_WAITS: [u64; 6] = [0, 5, 30, 120, 300, 300];
 
@@ -61,6 +61,10 @@ pub struct Trained {
 
 /// A delivery under way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a part of the delivery that is done or not"
+)]
 pub struct Delivery {
     /// The application's id of the job.
     pub job_id: String,
@@ -434,11 +438,10 @@ pub async fn settle(
         return;
     }
     tokio::time::sleep(LOOK_AGAIN.min(2 * report)).await;
-    if let Ok(Some(now)) = row.read().await {
-        if !is_settled(&now) {
-            log.warn("the row's last state was overwritten; it is written again");
-            let _ = row.write(body).await;
-        }
+    let now = row.read().await.ok().flatten();
+    if now.is_some_and(|now| !is_settled(&now)) {
+        log.warn("the row's last state was overwritten; it is written again");
+        let _ = row.write(body).await;
     }
 }
 

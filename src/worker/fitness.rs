@@ -14,7 +14,7 @@ use crate::durable::Durable;
 /// Room below which no job is begun.
 const MIN_FREE_BYTES: u64 = 1_000_000_000;
 /// Time for the GPU's kernels to show that they run.
-const KERNELS: Duration = Duration::from_secs(180);
+const KERNELS: Duration = Duration::from_mins(3);
 /// Op whose cases are run for that: quick, and one kernel each way.
 const OP: &str = "rms_norm";
 

@@ -43,7 +43,8 @@ pub async fn one(context: &Context, job: &Value, drain: &Drain) -> Result<Value,
         stop.cancelled().await;
         ended.end(Reason::Shutdown);
     });
-    let body = run(context, &Board::default(), &taken, &ends, drain).await;
+    let board = Board::default();
+    let body = Box::pin(run(context, &board, &taken, &ends, drain)).await;
     watch.abort();
     Ok(body)
 }
@@ -56,7 +57,7 @@ async fn run(context: &Context, board: &Board, taken: &Taken, ends: &Ends, drain
         ends,
         saves: drain.saves.clone(),
     };
-    let _ = attempt.run().await;
+    let _ = Box::pin(attempt.run()).await;
     board.answer(&taken.id).unwrap_or(Value::Null)
 }
 
@@ -222,7 +223,7 @@ pub async fn serve(
             stop.cancelled().await;
             ended.end(Reason::Shutdown);
         });
-        let body = run(context, &queue.board, &taken, &entry.ends, drain).await;
+        let body = Box::pin(run(context, &queue.board, &taken, &entry.ends, drain)).await;
         watch.abort();
         queue.change(&taken.id, |entry| {
             entry.ended = Some(Instant::now());

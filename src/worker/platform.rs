@@ -17,7 +17,7 @@ const LONG_POLL: Duration = Duration::from_secs(90);
 /// Time for progress to arrive.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time for a result to arrive.
-const RESULT_TIMEOUT: Duration = Duration::from_secs(60);
+const RESULT_TIMEOUT: Duration = Duration::from_mins(1);
 /// What the platform is asked to wait for where it is throttled and does not say.
 const THROTTLED: Duration = Duration::from_secs(5);
 const USER_AGENT: &str = concat!("brightrun/", env!("CARGO_PKG_VERSION"));

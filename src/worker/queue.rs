@@ -18,7 +18,7 @@ use super::upstream::Upstream;
 /// An empty answer that came faster is not asked for again at once.
 const FLOOR: Duration = Duration::from_millis(250);
 /// A stop channel that is not there is asked at most so seldom.
-const STOPS_AWAY: Duration = Duration::from_secs(60);
+const STOPS_AWAY: Duration = Duration::from_mins(1);
 
 /// How the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +108,9 @@ async fn take_jobs(
                 backoff.reset();
                 let mut is_refused = false;
                 for job in taken {
-                    let posted = run_one(context, &upstream, &job, jobs, &mut stopped, drain).await;
+                    let posted =
+                        Box::pin(run_one(context, &upstream, &job, jobs, &mut stopped, drain))
+                            .await;
                     is_refused |= posted == Posted::Unauthorized;
                 }
                 if is_refused {
@@ -166,7 +168,7 @@ async fn run_one(
         ends: &ends,
         saves: drain.saves.clone(),
     };
-    let mut work = std::pin::pin!(attempt.run());
+    let mut work = Box::pin(attempt.run());
     let mut drained = std::pin::pin!(after_drain(drain, context.env.drain));
     let mut is_drained = false;
     let posted = loop {

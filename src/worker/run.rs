@@ -15,9 +15,9 @@ use super::report::Reports;
 use crate::train::events::Event;
 
 /// Time that a step and a checkpoint may take after the trainer is asked to stop.
-const GRACE: Duration = Duration::from_secs(120);
+const GRACE: Duration = Duration::from_mins(2);
 /// What is left of a job's time when it is stopped, to save and to say so.
-const BEFORE_DEADLINE: Duration = Duration::from_secs(60);
+const BEFORE_DEADLINE: Duration = Duration::from_mins(1);
 
 /// What a run is told from outside.
 #[derive(Debug, Clone)]
@@ -67,7 +67,7 @@ pub async fn run(
     saves.mark_unchanged();
     let mut alive = Instant::now();
     let mut kill_at: Option<Instant> = None;
-    let far = Instant::now() + Duration::from_secs(10 * 365 * 24 * 3600);
+    let far = Instant::now() + Duration::from_hours(24 * 3650);
     let stop_at = signals
         .deadline
         .and_then(|end| end.checked_sub(BEFORE_DEADLINE))

@@ -22,7 +22,7 @@ fn a_killed_worker_loses_nothing() {
     let mut deployment = Deployment::with(Settings {
         lost_after_pings: 3,
         max_retries: 1000,
-        execution_timeout: Duration::from_secs(3600),
+        execution_timeout: Duration::from_hours(1),
         ..Settings::default()
     });
     let (body, reference) = deployment.job(40, EPOCHS);

@@ -59,7 +59,7 @@ fn a_job_from_the_command_line_or_a_file_prints_its_answer() {
 fn ask(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream
-        .set_read_timeout(Some(Duration::from_secs(60)))
+        .set_read_timeout(Some(Duration::from_mins(1)))
         .unwrap();
     let body = body.to_string();
     let request = format!(

@@ -10,4 +10,5 @@ mod faults;
 mod harness;
 mod kills;
 mod local;
+mod memory;
 mod path;

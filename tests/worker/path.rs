@@ -97,11 +97,11 @@ fn a_job_goes_from_the_queue_to_the_bucket() {
     assert!(manifest["files"].as_array().unwrap().len() >= 5);
 
     deployment.until("the last callback", || {
-        let kinds = sim
+        let mut kinds = sim
             .callbacks("app")
             .into_iter()
             .map(|callback| super::harness::kind(&callback));
-        kinds.last() == Some(json!("training.completed"))
+        kinds.next_back() == Some(json!("training.completed"))
     });
     deployment.check_manners();
 }
