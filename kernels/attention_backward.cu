@@ -63,21 +63,30 @@ DEVICE void store_results(bf16* head, bf16* tile, const typename Part<kHeadDim, 
     store_tile<kTile, kHeadDim, kThreads>(head, tile, stride, first, end, head_dim, threadIdx.x);
 }
 
-// s := dS, of rows that are queries from `query0` and columns that are keys from `key0` (both the warp's).
+// Minus infinity where a query does not see a key: rows are queries from `query0`, columns keys from `key0` (both the warp's). Few
+// tiles need it.
 template <unsigned kM, unsigned kN>
-DEVICE void query_scores(float (&s)[kM][kN][4], const float (&d_p)[kM][kN][4], const AttentionBackwardParams& p, const float (&lse)[kM][2],
-                         const float (&delta)[kM][2], unsigned query0, unsigned key0, bool is_border, unsigned tokens) {
+DEVICE void mask_query_rows(float (&s)[kM][kN][4], const AttentionBackwardParams& p, unsigned query0, unsigned key0, unsigned tokens) {
     const unsigned lane = threadIdx.x % kWarpSize;
     UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
         const unsigned query = query0 + m * 16 + half * 8 + lane / 4;
-        const unsigned first = is_border ? first_key(query, p.step->sequence_start[min_of(query, tokens - 1)], p.window) : 0;
-        UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 2 * half; i < 2 * half + 2; ++i) {
-            const unsigned key = key0 + n * 8 + lane % 4 * 2 + i % 2;
-            const bool is_seen = !is_border || (first <= key && key <= query);
-            const float probability = is_seen ? exp2_approx(s[m][n][i] * (p.scale * kLog2E) - lse[m][half]) : 0.0f;
-            s[m][n][i] = probability * (d_p[m][n][i] - delta[m][half]);
+        const unsigned first = first_key(query, p.step->sequence_start[min_of(query, tokens - 1)], p.window);
+        UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 0; i < 2; ++i) {
+            const unsigned key = key0 + n * 8 + lane % 4 * 2 + i;
+            if (key < first || key > query) s[m][n][2 * half + i] = -INFINITY;
         }
     }
+}
+
+// s := dS, of rows that are queries.
+template <unsigned kM, unsigned kN>
+DEVICE void query_scores(float (&s)[kM][kN][4], const float (&d_p)[kM][kN][4], float log2_scale, const float (&lse)[kM][2],
+                         const float (&delta)[kM][2]) {
+    UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half)
+        UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 2 * half; i < 2 * half + 2; ++i) {
+            const float probability = exp2_approx(s[m][n][i] * log2_scale - lse[m][half]);
+            s[m][n][i] = probability * (d_p[m][n][i] - delta[m][half]);
+        }
 }
 
 template <unsigned kHeadDim, unsigned kThreads>
@@ -93,8 +102,7 @@ DEVICE void backward_query(const AttentionBackwardParams& p, bf16* shared) {
     const unsigned end = min_of(query0 + kTile, tokens), kv_head = blockIdx.x / (heads / p.num_key_value_heads);
     const unsigned begin = first_key(query0, p.step->sequence_start[query0], p.window);
     const unsigned all_see = first_key(end - 1, p.step->sequence_start[end - 1], p.window);
-    const size_t q_stride = static_cast<size_t>(heads) * head_dim;
-    const size_t k_stride = static_cast<size_t>(p.num_key_value_heads) * head_dim;
+    const unsigned q_stride = heads * head_dim, k_stride = p.num_key_value_heads * head_dim;
     const bf16* const k = p.k + kv_head * head_dim;
     const bf16* const v = p.v + kv_head * head_dim;
     const Tiles<kHeadDim> tiles = tiles_in<kHeadDim>(shared);
@@ -124,7 +132,8 @@ DEVICE void backward_query(const AttentionBackwardParams& p, bf16* shared) {
         copy_async_commit();
         multiply_rows<kHeadDim>(s, tiles.own_first + part.row * kStride, tiles.first + part.score * kStride);
         const bool is_border = key < all_see || key + kTile - 1 > query0;
-        query_scores(s, d_p, p, lse, delta, query0 + part.row, key + part.score, is_border, tokens);
+        if (is_border) mask_query_rows(s, p, query0 + part.row, key + part.score, tokens);
+        query_scores(s, d_p, p.scale * kLog2E, lse, delta);
         write_fragments<kScoreStride>(tiles.scores + part.row * kScoreStride + part.score, s, 1.0f);
         __syncthreads();  // dS is here
         multiply_scores<kHeadDim>(d_q, tiles.scores + part.row * kScoreStride, tiles.first + part.column);
@@ -135,21 +144,33 @@ DEVICE void backward_query(const AttentionBackwardParams& p, bf16* shared) {
     store_results<kHeadDim, kThreads>(p.d_q + blockIdx.x * head_dim, tiles.own_first, d_q, p.scale, q_stride, query0, end, head_dim);
 }
 
-// s := P, d_p := dS, of rows that are keys from `key0` (the warp's) and columns from `column` on of the tile of queries at `query0`.
-// Queries beyond the last are rows of zeros: whatever their P, they add nothing.
+// The column in its tile of element (n, i) of a row of fragments that begins at `column`.
+DEVICE unsigned column_of(unsigned column, unsigned n, unsigned i) { return column + n * 8 + threadIdx.x % 4 * 2 + i; }
+
+// Minus infinity where a query does not see a key: rows are keys from `key0` (the warp's), columns those from `column` on of the
+// tile of queries at `query0`. Few tiles need it.
 template <unsigned kHeadDim, unsigned kM, unsigned kN>
-DEVICE void key_scores(float (&s)[kM][kN][4], float (&d_p)[kM][kN][4], const AttentionBackwardParams& p, const Tiles<kHeadDim>& tiles,
-                       unsigned key0, unsigned query0, unsigned column, bool is_border) {
-    const unsigned lane = threadIdx.x % kWarpSize;
+DEVICE void mask_query_columns(float (&s)[kM][kN][4], unsigned window, const Tiles<kHeadDim>& tiles, unsigned key0, unsigned query0,
+                               unsigned column) {
     UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 0; i < 2; ++i) {
-        const unsigned at = column + n * 8 + lane % 4 * 2 + i, query = query0 + at;
-        const float lse = tiles.lse[at] * kLog2E, delta = tiles.delta[at];
-        const unsigned first = is_border ? first_key(query, tiles.sequence_start[at], p.window) : 0;
+        const unsigned at = column_of(column, n, i), query = query0 + at;
+        const unsigned first = first_key(query, tiles.sequence_start[at], window);
         UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
-            const unsigned key = key0 + m * 16 + half * 8 + lane / 4;
-            const bool is_seen = !is_border || (first <= key && key <= query);
+            const unsigned key = key0 + m * 16 + half * 8 + threadIdx.x % kWarpSize / 4;
+            if (key < first || key > query) s[m][n][2 * half + i] = -INFINITY;
+        }
+    }
+}
+
+// s := P, d_p := dS, of columns that are queries. Those beyond the last are rows of zeros: whatever their P, they add nothing.
+template <unsigned kHeadDim, unsigned kM, unsigned kN>
+DEVICE void key_scores(float (&s)[kM][kN][4], float (&d_p)[kM][kN][4], float log2_scale, const Tiles<kHeadDim>& tiles, unsigned column) {
+    UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 0; i < 2; ++i) {
+        const unsigned at = column_of(column, n, i);
+        const float lse = tiles.lse[at] * kLog2E, delta = tiles.delta[at];
+        UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
             float &score = s[m][n][2 * half + i], &gradient = d_p[m][n][2 * half + i];
-            score = is_seen ? exp2_approx(score * (p.scale * kLog2E) - lse) : 0.0f;
+            score = exp2_approx(score * log2_scale - lse);
             gradient = score * (gradient - delta);
         }
     }
@@ -179,33 +200,31 @@ DEVICE void backward_key(const AttentionBackwardParams& p, bf16* shared) {
     const unsigned key_end = min_of(key0 + kTile, tokens), sequence_end = p.step->sequence_end[key_end - 1];
     // Queries from key0 to here: those of the last key's sequence that its window reaches.
     const unsigned query_end = p.window < sequence_end - (key_end - 1) ? key_end - 1 + p.window : sequence_end;
-    const unsigned tiles_per_head = (query_end - key0 + kTile - 1) / kTile, steps = group * tiles_per_head;
-    const size_t q_stride = static_cast<size_t>(p.num_attention_heads) * head_dim;
-    const size_t k_stride = static_cast<size_t>(p.num_key_value_heads) * head_dim;
+    const unsigned q_stride = p.num_attention_heads * head_dim, k_stride = p.num_key_value_heads * head_dim;
     const Tiles<kHeadDim> tiles = tiles_in<kHeadDim>(shared);
-    const auto head_of = [&](unsigned step) { return blockIdx.x * group + step / tiles_per_head; };
-    const auto query_of = [&](unsigned step) { return key0 + step % tiles_per_head * kTile; };
-    const auto load_d_o = [&](unsigned step) {
-        if (step < steps) load(tiles.second, p.d_o + head_of(step) * head_dim, q_stride, query_of(step), query_end, head_dim);
+    // The tile of queries that comes next: those of a head in order, then those of the next head that shares the keys.
+    const unsigned head_end = (blockIdx.x + 1) * group;
+    unsigned head = blockIdx.x * group, query0 = key0;
+    const auto load_d_o = [&] {
+        if (head < head_end) load(tiles.second, p.d_o + head * head_dim, q_stride, query0, query_end, head_dim);
         copy_async_commit();
     };
-    const auto load_q = [&](unsigned step) {
-        if (step < steps) {
-            load(tiles.first, p.q + head_of(step) * head_dim, q_stride, query_of(step), query_end, head_dim);
-            load_numbers(p, tiles, head_of(step), query_of(step), query_end);
+    const auto load_q = [&] {
+        if (head < head_end) {
+            load(tiles.first, p.q + head * head_dim, q_stride, query0, query_end, head_dim);
+            load_numbers(p, tiles, head, query0, query_end);
         }
         copy_async_commit();
     };
     load(tiles.own_first, p.k + blockIdx.x * head_dim, k_stride, key0, key_end, head_dim);
     load(tiles.own_second, p.v + blockIdx.x * head_dim, k_stride, key0, key_end, head_dim);
-    load_d_o(0);
-    load_q(0);
+    load_d_o();
+    load_q();
 
     const Warp part;
     bf16* const own_scores = tiles.scores + part.row * kScoreStride;
     typename Warp::Results d_k = {}, d_v = {};
-    for (unsigned step = 0; step < steps; ++step) {
-        const unsigned query0 = query_of(step);
+    while (head < head_end) {
         copy_async_wait<1>();
         __syncthreads();  // d_o is here
         typename Warp::Scores s = {}, d_p = {};
@@ -215,17 +234,20 @@ DEVICE void backward_key(const AttentionBackwardParams& p, bf16* shared) {
         multiply_rows<kHeadDim>(s, tiles.own_first + part.row * kStride, tiles.first + part.score * kStride);
         const bool is_border = query0 < key0 + kTile - 1 || query0 + kTile > query_end ||
                                first_key(query0 + kTile - 1, tiles.sequence_start[kTile - 1], p.window) > key0;
-        key_scores(s, d_p, p, tiles, key0 + part.row, query0, part.score, is_border);
+        if (is_border) mask_query_columns(s, p.window, tiles, key0 + part.row, query0, part.score);
+        key_scores(s, d_p, p.scale * kLog2E, tiles, part.score);
+        query0 += kTile;
+        if (query0 >= query_end) query0 = key0, ++head;
         write_fragments<kScoreStride>(own_scores + part.score, s, 1.0f);
         __syncthreads();  // P is here
         multiply_scores<kHeadDim>(d_v, own_scores, tiles.second + part.column);
         __syncthreads();  // d_o and P have been read
-        load_d_o(step + 1);
+        load_d_o();
         write_fragments<kScoreStride>(own_scores + part.score, d_p, 1.0f);
         __syncthreads();  // dS is here
         multiply_scores<kHeadDim>(d_k, own_scores, tiles.first + part.column);
         __syncthreads();  // q and dS have been read
-        load_q(step + 1);
+        load_q();
     }
     const size_t column = blockIdx.x * head_dim;
     store_results<kHeadDim, kThreads>(p.d_k + column, tiles.own_first, d_k, p.scale, k_stride, key0, key_end, head_dim);

@@ -74,25 +74,29 @@ DEVICE void find_max(Rows& rows, const float (&s)[kM][kN][4]) {
     }
 }
 
-// Scores to exp(score - max) with the new maximum; what was summed before shrinks to it.
+// Scores to exp(score - max) with the new maximum; what was summed before shrinks to it. Late in a row of keys most maxima are
+// old ones: then nothing shrinks.
 template <unsigned kN, unsigned kColumns>
 DEVICE void softmax_step(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4], Rows& rows, float log2_scale) {
-    UNROLL for (unsigned m = 0; m < kM; ++m) UNROLL for (unsigned half = 0; half < 2; ++half) {
-        const float max = rows.next[m][half];
-        // Where a row has seen no key yet, all its terms are exp(-inf) = 0.
-        const float base = max == -INFINITY ? 0.0f : max * log2_scale;
-        const float shrink = exp2_approx(rows.max[m][half] * log2_scale - base);
-        float sum = 0.0f;
-        UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = exp2_approx(s[m][n][i] * log2_scale - base);
-            sum += s[m][n][i];
+    UNROLL for (unsigned m = 0; m < kM; ++m) {
+        float shrink[2];
+        UNROLL for (unsigned half = 0; half < 2; ++half) {
+            const float max = rows.next[m][half];
+            // Where a row has seen no key yet, all its terms are exp(-inf) = 0.
+            const float base = max == -INFINITY ? 0.0f : max * log2_scale;
+            shrink[half] = exp2_approx(rows.max[m][half] * log2_scale - base);
+            float sum = 0.0f;
+            UNROLL for (unsigned n = 0; n < kN; ++n) UNROLL for (unsigned i = 2 * half; i < 2 * half + 2; ++i) {
+                s[m][n][i] = exp2_approx(s[m][n][i] * log2_scale - base);
+                sum += s[m][n][i];
+            }
+            rows.max[m][half] = max;
+            rows.sum[m][half] = rows.sum[m][half] * shrink[half] + sum;
         }
-        UNROLL for (unsigned n = 0; n < kColumns; ++n) {
-            o[m][n][2 * half] *= shrink;
-            o[m][n][2 * half + 1] *= shrink;
-        }
-        rows.max[m][half] = max;
-        rows.sum[m][half] = rows.sum[m][half] * shrink + sum;
+        // At 128 columns the vote would cost registers that are not there.
+        if constexpr (kN + kColumns <= 20)
+            if (!__any_sync(kFullMask, shrink[0] != 1.0f || shrink[1] != 1.0f)) continue;
+        UNROLL for (unsigned n = 0; n < kColumns; ++n) UNROLL for (unsigned i = 0; i < 4; ++i) o[m][n][i] *= shrink[i / 2];
     }
 }
 
@@ -152,15 +156,15 @@ DEVICE void forward(const AttentionForwardParams& p, bf16* shared) {
     using Warp = Part<kHeadDim, kThreads>;
     constexpr bool kShares = Warp::kAcross > 1;
     constexpr unsigned kStride = kRow<kHeadDim>;
-    constexpr auto load_keys = load_tile<kKeys, kHeadDim, kThreads>;
+    // At 128 columns o and the scores leave few registers.
+    constexpr auto load_keys = load_tile<kKeys, kHeadDim, kThreads, kHeadDim == 128 ? 4 : 8>;
     const unsigned tokens = p.step->num_tokens, head_dim = p.head_dim;
     // The last queries of a sequence see the most keys: they start first.
     const unsigned query0 = (gridDim.y - 1 - blockIdx.y) * kQueries;
     if (query0 >= tokens) return;
 
     const unsigned kv_head = blockIdx.x / (p.num_attention_heads / p.num_key_value_heads);
-    const size_t q_stride = static_cast<size_t>(p.num_attention_heads) * head_dim;
-    const size_t k_stride = static_cast<size_t>(p.num_key_value_heads) * head_dim;
+    const unsigned q_stride = p.num_attention_heads * head_dim, k_stride = p.num_key_value_heads * head_dim;
     const bf16* const k = p.k + kv_head * head_dim;
     const bf16* const v = p.v + kv_head * head_dim;
     const unsigned keys_end = min_of(query0 + kQueries, tokens);

@@ -56,11 +56,11 @@ struct TargetRows : Stage<Tile::kM, false> {
         }
     }
     METHOD unsigned tile_row(unsigned i) const { return (threadIdx.x + i * Tile::kThreads) / kPartsPerRow; }
-    METHOD void copy(bf16* tile, unsigned step) const {
+    METHOD void copy(SharedAddress tile, unsigned step) const {
         const unsigned part = threadIdx.x % kPartsPerRow, col = step * kGemmDepth + part * 8;
         UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
             const bool valid = tile_row(i) < rows_left && col < num_cols;
-            copy_async_16(tile + tile_offset<kGemmDepth>(tile_row(i), part), valid ? row[i] + col : row[i], valid);
+            copy_async_16(tile + Stage<Tile::kM, false>::place(tile_row(i), part), valid ? row[i] + col : row[i], valid);
         }
     }
 };

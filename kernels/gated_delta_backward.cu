@@ -314,7 +314,7 @@ DEVICE void normalize_backward(bf16* target, size_t stride, bf16* x, const Strip
     });
     store_strip<kRow>(x + part.row * kRow, d_x, first);
     __syncthreads();
-    copy_out<kRow>(target, stride, x, size, columns, threadIdx.x, kThreads);
+    copy_out<kRow, kDim, kThreads>(target, stride, x, size, columns, threadIdx.x);
 }
 
 template <unsigned kDim>

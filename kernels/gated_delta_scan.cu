@@ -150,7 +150,7 @@ DEVICE void write_slice(bf16* target, size_t stride, bf16* slice, Strip<kChunk>&
     });
     __syncwarp();
     if (column < columns) {
-        copy_out<kSliceRow>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize, kWarpSize);
+        copy_out<kSliceRow, 16, kWarpSize>(target + column, stride, slice + column, rows, 16, threadIdx.x % kWarpSize);
     }
 }
 

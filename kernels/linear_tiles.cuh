@@ -5,6 +5,8 @@
 
 #include "linear.h"
 
+#include <type_traits>
+
 using WideTile = GemmTile<LINEAR_TILE, LINEAR_WIDE_COLS, 2, 4>;
 using PlainTile = GemmTile<LINEAR_TILE, LINEAR_TILE, 2, 2>;
 using SmallTile = GemmTile<LINEAR_SMALL_TILE, LINEAR_SMALL_TILE, 2, 2>;
@@ -47,14 +49,22 @@ DEVICE LinearShared linear_shared(unsigned char* memory) {
     return {reinterpret_cast<float*>(memory), reinterpret_cast<bf16*>(memory + kDynamicCodeBytes)};
 }
 
+// The first or the second, pointer by pointer: a choice of whole structs would put both into local memory.
+DEVICE Nf4Weight chosen(bool is_first, const Nf4Weight& first, const Nf4Weight& second) {
+    return {is_first ? first.codes : second.codes, is_first ? first.absmax : second.absmax,
+            is_first ? first.nested_codes : second.nested_codes, is_first ? first.nested_absmax : second.nested_absmax,
+            is_first ? first.dynamic_code : second.dynamic_code};
+}
+
 // sums += rows W^T (kAlongRows false: `first` is a row of W), or rows W (true: a column of W). With kHalf, W's rows alternate
-// with those of `second`.
-template <class Tile, bool kAlongRows, unsigned kHalf = 0>
+// with those of `second`. kGathers: rows may be gathered.
+template <class Tile, bool kAlongRows, unsigned kHalf = 0, bool kGathers = false>
 DEVICE void add_weight_product(typename Tile::Sums& sums, const LinearShared& shared, const Rows& rows, unsigned first_row,
                                const LinearProjection& w, const LinearProjection& second, uint32_t in_features, unsigned first,
                                bool active) {
     const unsigned depth = kAlongRows ? w.out_features : in_features;
-    CopiedRows<Tile, Tile::kM, false> a(rows, first_row);
+    using Inputs = std::conditional_t<kGathers, KeptRows<Tile, Tile::kM>, CopiedRows<Tile, Tile::kM, false>>;
+    Inputs a(rows, first_row);
     if (w.dense) {
         CopiedRows<Tile, Tile::kN, kAlongRows, kHalf> b(
             aligned_rows_of(w.dense, in_features, w.out_features, in_features), first, second.dense);
@@ -63,9 +73,9 @@ DEVICE void add_weight_product(typename Tile::Sums& sums, const LinearShared& sh
     }
     using Weight = Nf4Rows<Tile, Tile::kN, kAlongRows, kHalf>;
     // One of the two may have nested scales and the other not.
-    load_dynamic_code<Tile::kThreads>(shared.dynamic_code, kHalf != 0 && w.nf4.absmax ? second.nf4 : w.nf4);
+    load_dynamic_code<Tile::kThreads>(shared.dynamic_code, chosen(kHalf != 0 && w.nf4.absmax, second.nf4, w.nf4));
     __syncthreads();
-    Weight b({kHalf != 0 && Weight::takes_second() ? second.nf4 : w.nf4, w.out_features, in_features}, shared.dynamic_code, first);
+    Weight b({chosen(kHalf != 0 && Weight::takes_second(), second.nf4, w.nf4), w.out_features, in_features}, shared.dynamic_code, first);
     accumulate<Tile>(sums, shared.tiles, a, b, depth, active);
 }
 

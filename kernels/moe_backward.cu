@@ -71,7 +71,7 @@ DEVICE void input_grad_tile(const MoeInputGradParams& p, unsigned char* memory) 
         const LinearProjection w = expert_weight(p.projections[i], tile.expert);
         const bf16* const base = static_cast<const bf16*>(w.out);
         const Rows d_out = routed_rows(p.rows, base, w.out_features, p.is_gathered, tile.first_row, tile.num_rows);
-        add_weight_product<Tile, true>(sums, shared, d_out, 0, w, w, p.in_features, first_col, active);
+        add_weight_product<Tile, true, 0, true>(sums, shared, d_out, 0, w, w, p.in_features, first_col, active);
     }
     for (unsigned i = 0; i < p.num_projections; ++i) {
         const LoraModule module = expert_module(p.projections[i], tile.expert);

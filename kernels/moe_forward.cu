@@ -59,7 +59,7 @@ DEVICE void gate_up_tile(const MoeForwardParams& p, unsigned char* memory) {
 
     typename Tile::Sums sums = {};
     const Rows x = routed_rows(p.rows, p.x, p.in_features, true, tile.first_row, tile.num_rows);
-    add_weight_product<Tile, false, kHalf>(sums, shared, x, 0, expert_weight(p.projections[0], tile.expert),
+    add_weight_product<Tile, false, kHalf, true>(sums, shared, x, 0, expert_weight(p.projections[0], tile.expert),
                                            expert_weight(p.projections[1], tile.expert), p.in_features, first_col, active);
     NO_UNROLL for (unsigned i = 0; i < 2; ++i)
         add_adapter<Tile, kHalf>(sums, shared.tiles, p, p.projections[i], tile, first_col, i == 1, active);

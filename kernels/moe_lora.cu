@@ -59,7 +59,7 @@ DEVICE void project_backward_rows(const MoeLoraProjectParams& p, bf16* shared, u
                                   unsigned num_rows) {
     const MoeLoraProjectJob& job = p.jobs[blockIdx.x];
     const LoraModule module = expert_module(job.projection, expert);
-    CopiedRows<Tile, Tile::kM, false> d_out(routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows), 0);
+    KeptRows<Tile, Tile::kM> d_out(routed_rows(p.rows, job.rows, job.num_cols, job.is_gathered, first_row, num_rows), 0);
     LowRankRows<Tile, Tile::kN, true> b(low_rank_of(p.lora, module.b, job.num_cols, module.rank, p.lora_is_bf16),
                                         blockIdx.z * Tile::kN);
     typename Tile::Sums sums = {};
@@ -92,11 +92,11 @@ struct WeightedRows : Stage<Tile::kM, true> {
     METHOD WeightedRows(const Rows& matrix, unsigned first_rank, const uint32_t* slots, const float* weights)
         : matrix(matrix), first_rank(first_rank), slots(slots), weights(weights) {}
 
-    METHOD void copy(bf16* tile, unsigned step) const {
+    METHOD void copy(SharedAddress tile, unsigned step) const {
         for (unsigned at = threadIdx.x; at < S::kParts; at += Tile::kThreads) {
             const unsigned tile_row = at / (S::kCols / 8), part = at % (S::kCols / 8);
             const unsigned row = S::matrix_row(first_rank, step, tile_row), col = S::matrix_col(first_rank, step, part * 8);
-            bf16* const target = tile + tile_offset<S::kCols>(tile_row, part);
+            const SharedAddress target = tile + S::place(tile_row, part);
             if (!weights || row >= matrix.num_rows) {
                 copy_part(target, matrix, row, col);
                 continue;
@@ -106,7 +106,7 @@ struct WeightedRows : Stage<Tile::kM, true> {
             UNROLL for (unsigned i = 0; i < 4; ++i)
                 values.word[i] = pack_bf16_pair(weight * f32_of_bits(values.word[i] << 16),
                                                 weight * f32_of_bits(values.word[i] & 0xffff0000u));
-            *reinterpret_cast<Words4*>(target) = values;
+            store_shared_16(target, values);
         }
     }
 };

@@ -48,15 +48,29 @@ constexpr unsigned kRow = kHeadDim + 8;
 // Scores (P or dS) of a tile, 64 columns, are padded likewise.
 constexpr unsigned kScores = 64, kScoreStride = kScores + 8;
 
-// Rows [first, end) of a head to shared memory, kRows at most. `head` is the head's column in row 0. Not unrolled further: the
-// addresses would cost the registers that the products need.
-template <unsigned kRows, unsigned kHeadDim, unsigned kThreads>
-DEVICE void load_tile(bf16* tile, const bf16* head, size_t stride, unsigned first, unsigned end, unsigned head_dim) {
-    constexpr unsigned kPieces = kHeadDim / 8;
-    UNROLL_TWICE for (unsigned i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
-        const unsigned row = i / kPieces, column = i % kPieces * 8;
-        const bool valid = first + row < end && column < head_dim;
-        copy_async_16(tile + row * kRow<kHeadDim> + column, head + (valid ? (first + row) * stride + column : 0), valid);
+// Rows [first, end) of a head to shared memory, kRows at most. `head` is the head's column in row 0. Where the threads make whole
+// rows each keeps its column: one address, and rows at equal steps from it. kAtOnce of them are unrolled: fewer hold fewer registers.
+template <unsigned kRows, unsigned kHeadDim, unsigned kThreads, unsigned kAtOnce = 8>
+DEVICE void load_tile(bf16* tile, const bf16* head, uint32_t stride, unsigned first, unsigned end, unsigned head_dim) {
+    constexpr unsigned kPieces = kHeadDim / 8, kStride = kRow<kHeadDim>;
+    if constexpr (kThreads % kPieces == 0) {
+        constexpr unsigned kStep = kThreads / kPieces, kTurns = kRows / kStep;
+        const unsigned thread = kAtOnce < kTurns ? made_anew(threadIdx.x) : threadIdx.x;
+        const unsigned row = thread / kPieces, column = thread % kPieces * 8;
+        const unsigned rows = first + row < end && column < head_dim ? end - first - row : 0;
+        const bf16* const from = head + static_cast<size_t>(first + row) * stride + column;
+        const SharedAddress target = shared_address(tile + row * kStride + column);
+        NO_UNROLL for (unsigned turn = 0; turn < kTurns; turn += kAtOnce) {
+            UNROLL for (unsigned i = turn; i < turn + kAtOnce && i < kTurns; ++i)
+                copy_async_16(target + i * kStep * kStride * sizeof(bf16), from + static_cast<size_t>(stride) * (i * kStep), i * kStep < rows);
+        }
+    } else {
+        UNROLL_TWICE for (unsigned i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+            const unsigned row = i / kPieces, column = i % kPieces * 8;
+            const bool valid = first + row < end && column < head_dim;
+            const bf16* const from = head + (valid ? static_cast<size_t>(first + row) * stride + column : 0);
+            copy_async_16(tile + row * kStride + column, from, valid);
+        }
     }
 }
 

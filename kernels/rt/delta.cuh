@@ -224,17 +224,17 @@ DEVICE void store_strip(bf16* tile, const Strip<kColumns>& strip, unsigned colum
     }
 }
 
-// Copies rows [0, rows) and columns [0, columns) of a tile to global memory, by `num_threads` threads of which this is
-// `thread`.
-template <unsigned kStride>
-DEVICE void copy_out(bf16* target, size_t stride, const bf16* tile, unsigned rows, unsigned columns, unsigned thread,
-                     unsigned num_threads) {
-    const unsigned parts = columns / kVector;
-    for (unsigned i = thread; i < rows * parts; i += num_threads) {
-        const unsigned row = i / parts, column = i % parts * kVector;
+// Copies rows [0, rows) and columns [0, columns) of a tile, which has kColumns, to global memory, by kThreads threads of which
+// this is `thread`. Each keeps its column.
+template <unsigned kStride, unsigned kColumns, unsigned kThreads>
+DEVICE void copy_out(bf16* target, size_t stride, const bf16* tile, unsigned rows, unsigned columns, unsigned thread) {
+    constexpr unsigned kParts = kColumns / kVector;
+    static_assert(kThreads % kParts == 0, "whole rows at a time");
+    const unsigned column = thread % kParts * kVector;
+    if (column >= columns) return;
+    UNROLL_SOME for (unsigned row = thread / kParts; row < rows; row += kThreads / kParts)
         *reinterpret_cast<Packed8*>(target + row * stride + column) =
             *reinterpret_cast<const Packed8*>(tile + row * kStride + column);
-    }
 }
 
 // A warp's strip of 16 rows through its own 16 rows of shared memory to global memory, 16 bytes at a time: those of `rows`, the
@@ -245,5 +245,5 @@ DEVICE void write_strip(bf16* target, size_t stride, bf16* own_rows, const Strip
     __syncwarp();
     store_strip<kStride>(own_rows, strip, 0);
     __syncwarp();
-    copy_out<kStride>(target, stride, own_rows, rows < 16 ? rows : 16, columns, threadIdx.x % kWarpSize, kWarpSize);
+    copy_out<kStride, kColumns, kWarpSize>(target, stride, own_rows, rows < 16 ? rows : 16, columns, threadIdx.x % kWarpSize);
 }

@@ -35,6 +35,7 @@ struct GemmTile {
     static constexpr unsigned kWarpM = kM / kRowWarps, kWarpN = kN / kColWarps;
     static constexpr unsigned kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "whole matrix loads");
+    static_assert(64 % kWarpM == 0 && 64 % kWarpN == 0, "fragment_at tells a warp's fragments apart by bits");
     using Sums = float[kFragmentsM][kFragmentsN][4];
 
     DEVICE unsigned warp_row() { return threadIdx.x / kWarpSize / kColWarps * kWarpM; }
@@ -50,40 +51,58 @@ DEVICE unsigned tile_offset(unsigned row, unsigned part) {
     return row * kCols + (part ^ row / kRowsPer128Bytes % kPlaces) * 8;
 }
 
-// Rows [row, row + 16), depth [k, k + 16) of A.
+// Byte of a tile that this lane names for the matrix load of A's rows [row, row + 16) at depth 0, and of B's columns
+// [col, col + 16). One is made for a warp's first fragment, before the loop; fragment_at tells the others from it.
 template <class Tile, bool kAlongRows>
-DEVICE void load_a(uint32_t (&out)[4], const bf16* tile, unsigned row, unsigned k) {
+DEVICE unsigned a_place(unsigned row) {
     const unsigned lane = threadIdx.x % kWarpSize;
-    if constexpr (kAlongRows) {
-        load_matrix_x4_transposed(out, tile + tile_offset<Tile::kM>(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
-    } else {
-        load_matrix_x4(out, tile + tile_offset<kGemmDepth>(row + lane % 16, k / 8 + lane / 16));
-    }
+    if constexpr (kAlongRows) return tile_offset<Tile::kM>(lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2) * sizeof(bf16);
+    else return tile_offset<kGemmDepth>(row + lane % 16, lane / 16) * sizeof(bf16);
+}
+template <class Tile, bool kAlongRows>
+DEVICE unsigned b_place(unsigned col) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    if constexpr (kAlongRows) return tile_offset<Tile::kN>(lane % 16, col / 8 + lane / 16) * sizeof(bf16);
+    else return tile_offset<kGemmDepth>(col + lane / 16 * 8 + lane % 8, lane / 8 % 2) * sizeof(bf16);
 }
 
-// Columns [col, col + 16), depth [k, k + 16) of B: two fragments.
+// The address of the fragment `further` rows of A (columns of B) and `k` in depth from that at `first`. Rows of the tile lie
+// at equal distances. Its parts are told apart by bits that are clear in the first one's number, so that exclusive or adds
+// them; the tile begins at a multiple of 128 bytes.
+template <unsigned kExtent, bool kAlongRows>
+DEVICE SharedAddress fragment_at(SharedAddress first, unsigned further, unsigned k) {
+    constexpr unsigned kBytes = sizeof(bf16);
+    if constexpr (kAlongRows) return (first ^ further * kBytes) + k * kExtent * kBytes;
+    else return (first ^ k * kBytes) + further * kGemmDepth * kBytes;
+}
+
+// Rows of A from the warp's `further`-th on, depth [k, k + 16): a fragment.
 template <class Tile, bool kAlongRows>
-DEVICE void load_b(uint32_t (&first)[2], uint32_t (&second)[2], const bf16* tile, unsigned col, unsigned k) {
-    const unsigned lane = threadIdx.x % kWarpSize;
+DEVICE void load_a(uint32_t (&out)[4], SharedAddress first, unsigned further, unsigned k) {
+    const SharedAddress at = fragment_at<Tile::kM, kAlongRows>(first, further, k);
+    if constexpr (kAlongRows) load_matrix_x4_transposed(out, at);
+    else load_matrix_x4(out, at);
+}
+
+// 16 columns of B from the warp's `further`-th on, depth [k, k + 16): two fragments.
+template <class Tile, bool kAlongRows>
+DEVICE void load_b(uint32_t (&first_part)[2], uint32_t (&second_part)[2], SharedAddress first, unsigned further, unsigned k) {
+    const SharedAddress at = fragment_at<Tile::kN, kAlongRows>(first, further, k);
     uint32_t part[4];
-    if constexpr (kAlongRows) {
-        load_matrix_x4_transposed(part, tile + tile_offset<Tile::kN>(k + lane % 16, col / 8 + lane / 16));
-    } else {
-        load_matrix_x4(part, tile + tile_offset<kGemmDepth>(col + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
-    }
-    first[0] = part[0], first[1] = part[1], second[0] = part[2], second[1] = part[3];
+    if constexpr (kAlongRows) load_matrix_x4_transposed(part, at);
+    else load_matrix_x4(part, at);
+    first_part[0] = part[0], first_part[1] = part[1], second_part[0] = part[2], second_part[1] = part[3];
 }
 
-// sums += A B^T over one stage.
+// sums += A B^T over one stage, of which `a` and `b` are the warp's first fragments.
 template <class Tile, bool kAAlongRows, bool kBAlongRows>
-DEVICE void multiply_stage(typename Tile::Sums& sums, const bf16* a, const bf16* b) {
-    const unsigned row = Tile::warp_row(), col = Tile::warp_col();
+DEVICE void multiply_stage(typename Tile::Sums& sums, SharedAddress a, SharedAddress b) {
     UNROLL for (unsigned k = 0; k < kGemmDepth; k += 16) {
         uint32_t a_part[Tile::kFragmentsM][4];
-        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) load_a<Tile, kAAlongRows>(a_part[m], a, row + m * 16, k);
+        UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) load_a<Tile, kAAlongRows>(a_part[m], a, m * 16, k);
         UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
             uint32_t b_first[2], b_second[2];
-            load_b<Tile, kBAlongRows>(b_first, b_second, b, col + n * 8, k);
+            load_b<Tile, kBAlongRows>(b_first, b_second, b, n * 8, k);
             UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
                 mma_16x8x16(sums[m][n], a_part[m], b_first);
                 mma_16x8x16(sums[m][n + 1], a_part[m], b_second);
@@ -98,24 +117,26 @@ constexpr unsigned gemm_shared_elements() {
     return (Tile::kM * (A::kStaged ? 2 : kGemmStages) + Tile::kN * (B::kStaged ? 2 : kGemmStages)) * kGemmDepth;
 }
 
-// The buffers of one operand in shared memory, and its part of a turn.
+// The buffers of one operand in shared memory, and its part of a turn. `slot`: a step's number, modulo kGemmStages.
 template <class Operand, unsigned kExtent>
 struct GemmBuffers {
-    static constexpr unsigned kCount = Operand::kStaged ? 2 : kGemmStages;
-    bf16* first;
+    static constexpr unsigned kBytes = kExtent * kGemmDepth * sizeof(bf16);
+    static constexpr unsigned kTotalBytes = kBytes * (Operand::kStaged ? 2 : kGemmStages);
+    SharedAddress first;
 
-    METHOD bf16* at(unsigned step) const { return first + step % kCount * kExtent * kGemmDepth; }
+    METHOD SharedAddress at(unsigned step, unsigned slot) const {
+        return first + (Operand::kStaged ? step % 2 : slot) * kBytes;
+    }
     METHOD void begin(Operand& operand) const {
         if constexpr (Operand::kStaged) operand.fetch(0);
     }
-    METHOD void copy(Operand& operand, unsigned step, unsigned num_steps) const {
-        if constexpr (!Operand::kStaged)
-            if (step < num_steps) operand.copy(at(step), step);
+    METHOD void copy(Operand& operand, unsigned step, unsigned slot) const {
+        if constexpr (!Operand::kStaged) operand.copy(at(step, slot), step);
     }
     // Writes step, which was fetched in the turn before, and fetches the next.
     METHOD void convert(Operand& operand, unsigned step, unsigned num_steps) const {
         if constexpr (Operand::kStaged) {
-            if (step < num_steps) operand.store(at(step));
+            if (step < num_steps) operand.store(at(step, 0));
             if (step + 1 < num_steps) operand.fetch(step + 1);
         }
     }
@@ -125,26 +146,34 @@ struct GemmBuffers {
 // `active` (its rows or columns are beyond the end) only helps to load.
 template <class Tile, class A, class B>
 DEVICE void accumulate(typename Tile::Sums& sums, bf16* shared, A& a, B& b, unsigned depth, bool active = true) {
-    const GemmBuffers<A, Tile::kM> a_tiles = {shared};
-    const GemmBuffers<B, Tile::kN> b_tiles = {shared + a_tiles.kCount * Tile::kM * kGemmDepth};
+    const GemmBuffers<A, Tile::kM> a_tiles = {shared_address(shared)};
+    const GemmBuffers<B, Tile::kN> b_tiles = {a_tiles.first + a_tiles.kTotalBytes};
+    const unsigned a_first = a_place<Tile, A::kAlongRows>(Tile::warp_row());
+    const unsigned b_first = b_place<Tile, B::kAlongRows>(Tile::warp_col());
     const unsigned num_steps = (depth + kGemmDepth - 1) / kGemmDepth;
-    for (unsigned step = 0; step < kGemmStages - 2; ++step) {
-        a_tiles.copy(a, step, num_steps);
-        b_tiles.copy(b, step, num_steps);
-        copy_async_commit();
-    }
+    static_assert(kGemmStages == 3, "copies are a step ahead, products a step behind");
+    a_tiles.copy(a, 0, 0);
+    b_tiles.copy(b, 0, 0);
+    copy_async_commit();
     a_tiles.begin(a);
     b_tiles.begin(b);
-    // Turn `step` converts step and multiplies the one before.
+    // Turn `step` copies the next step, converts this one and multiplies the one before; `slot` is the next step's.
+    unsigned slot = 1;
     for (unsigned step = 0; step <= num_steps; ++step) {
         if (step > 0) copy_async_wait<kGemmStages - 2>();
         __syncthreads();  // Everyone's part of step - 1 is there, and everyone is through with step - 2.
-        a_tiles.copy(a, step + kGemmStages - 2, num_steps);
-        b_tiles.copy(b, step + kGemmStages - 2, num_steps);
+        if (step + 1 < num_steps) {
+            a_tiles.copy(a, step + 1, slot);
+            b_tiles.copy(b, step + 1, slot);
+        }
         copy_async_commit();
+        slot = slot == kGemmStages - 1 ? 0 : slot + 1;  // of step + 2, and of step - 1
         a_tiles.convert(a, step, num_steps);
         b_tiles.convert(b, step, num_steps);
-        if (step > 0 && active) multiply_stage<Tile, A::kAlongRows, B::kAlongRows>(sums, a_tiles.at(step - 1), b_tiles.at(step - 1));
+        if (step > 0 && active) {
+            const SharedAddress a_at = a_tiles.at(step - 1, slot) + a_first, b_at = b_tiles.at(step - 1, slot) + b_first;
+            multiply_stage<Tile, A::kAlongRows, B::kAlongRows>(sums, a_at, b_at);
+        }
     }
     __syncthreads();
 }
@@ -184,30 +213,33 @@ constexpr unsigned low_rank_shared_elements() {
 template <class Tile, class Narrow, class Low, class Add>
 DEVICE void add_low_rank(typename Tile::Sums& sums, bf16* shared, const Narrow& narrow, const Low& low, unsigned rank, bool active,
                          Add add) {
-    bf16* const low_tile = shared + Tile::kM * kGemmDepth;
+    const SharedAddress narrow_tile = shared_address(shared), low_tile = narrow_tile + Tile::kM * kGemmDepth * sizeof(bf16);
     const unsigned lane = threadIdx.x % kWarpSize;
     const unsigned warp_row = Tile::warp_row(), warp_col = Tile::warp_col(), col = warp_col + lane % 4 * 2;
     if (active) {
         UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) add.begin(warp_row + m * 16 + lane / 4, col);
     }
     for (unsigned first = 0; first < rank; first += kGemmDepth) {
-        narrow.copy(shared, first / kGemmDepth);
+        narrow.copy(narrow_tile, first / kGemmDepth);
         copy_async_commit();
         low.copy(low_tile, first / kGemmDepth);
         copy_async_wait<0>();
         __syncthreads();
         const unsigned left = rank - first, depth = left < kGemmDepth ? left : kGemmDepth;
+        // Made here: before, registers are needed for the masks.
+        const SharedAddress a_first = narrow_tile + a_place<Tile, Narrow::kAlongRows>(made_anew(warp_row));
+        const SharedAddress b_first = low_tile + b_place<Tile, Low::kAlongRows>(made_anew(warp_col));
         NO_UNROLL for (unsigned k = 0; k < depth && active; k += 16) {
             uint32_t a_part[Tile::kFragmentsM][4];
             UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m)
-                load_a<Tile, Narrow::kAlongRows>(a_part[m], shared, warp_row + m * 16, k);
+                load_a<Tile, Narrow::kAlongRows>(a_part[m], a_first, m * 16, k);
             UNROLL for (unsigned n = 0; n < Tile::kFragmentsN; n += 2) {
-                uint32_t b_first[2], b_second[2];
-                load_b<Tile, Low::kAlongRows>(b_first, b_second, low_tile, warp_col + n * 8, k);
+                uint32_t b_even[2], b_odd[2];
+                load_b<Tile, Low::kAlongRows>(b_even, b_odd, b_first, n * 8, k);
                 UNROLL for (unsigned m = 0; m < Tile::kFragmentsM; ++m) {
                     float product[2][4] = {};
-                    mma_16x8x16(product[0], a_part[m], b_first);
-                    mma_16x8x16(product[1], a_part[m], b_second);
+                    mma_16x8x16(product[0], a_part[m], b_even);
+                    mma_16x8x16(product[1], a_part[m], b_odd);
                     const unsigned index = m * Tile::kFragmentsN + n;
                     add(index, col + n * 8, sums[m][n], product[0]);
                     add(index + 1, col + n * 8 + 8, sums[m][n + 1], product[1]);

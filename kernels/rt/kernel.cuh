@@ -13,7 +13,7 @@
 #include <cuda_bf16.h>
 
 #define KERNEL(name, Params, p, threads) extern "C" __global__ void __launch_bounds__(threads) name(const Params p)
-#define SHARED(T, name, count) __shared__ __align__(16) T name[count]
+#define SHARED(T, name, count) __shared__ __align__(128) T name[count]
 #define DYNAMIC_SHARED(T, name)                                        \
     extern __shared__ __align__(128) unsigned char dynamic_shared[];   \
     T* const name = reinterpret_cast<T*>(dynamic_shared)

@@ -4,7 +4,7 @@
 // register; b[2] rows 2t.. and 2t + 8.. of column g of B [16, 8]; d[4] rows g and g + 8, columns 2t, 2t + 1 of D [16, 8].
 #pragma once
 
-#include "kernel.cuh"
+#include "bits.cuh"
 
 #ifdef __CUDACC__
 
@@ -16,28 +16,44 @@ DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// A place in shared memory, in bytes. A register: what is made of it by + and ^ costs an instruction each, a constant added
+// last none.
+using SharedAddress = uint32_t;
+DEVICE SharedAddress shared_address(const void* at) { return static_cast<SharedAddress>(__cvta_generic_to_shared(at)); }
+
 // Four 8x8 matrices of bf16: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes in shared memory.
-DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+DEVICE void load_matrix_x4(uint32_t (&out)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
 }
+DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) { load_matrix_x4(out, shared_address(row)); }
 
 // The same, each matrix transposed.
-DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
+                 : "r"(row)
+                 : "memory");
+}
+DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
+    load_matrix_x4_transposed(out, shared_address(row));
+}
+
+// 16 bytes to shared memory.
+DEVICE void store_shared_16(SharedAddress target, const Words4& value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(value.word[0]), "r"(value.word[1]),
+                 "r"(value.word[2]), "r"(value.word[3])
                  : "memory");
 }
 
 // 16 bytes from global to shared memory without waiting; zeros where not `valid`.
+DEVICE void copy_async_16(SharedAddress target, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0) : "memory");
+}
 DEVICE void copy_async_16(void* target, const void* source, bool valid) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid ? 16 : 0) : "memory");
+    copy_async_16(shared_address(target), source, valid);
 }
 // 4 bytes from global to shared memory without waiting; zeros where not `valid`.
 DEVICE void copy_async_4(void* target, const void* source, bool valid) {
@@ -115,13 +131,27 @@ DEVICE void load_matrix(uint32_t (&out)[4], const void* row, emu::Site site) {
         },
         site);
 }
+using SharedAddress = uintptr_t;
+DEVICE SharedAddress shared_address(const void* at) { return reinterpret_cast<SharedAddress>(at); }
+
 DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row, EMU_SITE) { load_matrix<false>(out, row, {file, line}); }
+DEVICE void load_matrix_x4(uint32_t (&out)[4], SharedAddress row, EMU_SITE) {
+    load_matrix<false>(out, reinterpret_cast<const void*>(row), {file, line});
+}
 DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row, EMU_SITE) {
     load_matrix<true>(out, row, {file, line});
 }
+DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], SharedAddress row, EMU_SITE) {
+    load_matrix<true>(out, reinterpret_cast<const void*>(row), {file, line});
+}
+
+DEVICE void store_shared_16(SharedAddress target, const Words4& value) { *reinterpret_cast<Words4*>(target) = value; }
 
 DEVICE void copy_async_16(void* target, const void* source, bool valid, EMU_SITE) {
     emu::copy_async(target, source, 16, valid ? 16 : 0, {file, line});
+}
+DEVICE void copy_async_16(SharedAddress target, const void* source, bool valid, EMU_SITE) {
+    emu::copy_async(reinterpret_cast<void*>(target), source, 16, valid ? 16 : 0, {file, line});
 }
 DEVICE void copy_async_4(void* target, const void* source, bool valid, EMU_SITE) {
     emu::copy_async(target, source, 4, valid ? 4 : 0, {file, line});

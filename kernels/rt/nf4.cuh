@@ -44,7 +44,7 @@ struct Nf4Table {
     METHOD Words4 values(uint32_t codes) const {
         // Three bits choose among eight bytes of two words, the fourth between two such choices.
         const uint32_t choice = codes & 0x77777777u;
-        const uint32_t between = (codes >> 1 & 0x44444444u) | 0x32103210u;
+        const uint32_t between = ((codes & 0x88888888u) >> 1) + 0x32103210u;
         Words4 out;
         UNROLL for (unsigned half = 0; half < 2; ++half) {
             const uint32_t c = choice >> 16 * half, b = between >> 16 * half;

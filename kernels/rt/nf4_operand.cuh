@@ -51,9 +51,7 @@ struct Nf4Rows : Stage<kExtent, kAlongRowsOfIt> {
         const unsigned row = S::matrix_row(first, step, Pairing<kHalf>::row(tile_row));
         const unsigned col = S::matrix_col(first, step, tile_col);
         if (row >= source.num_rows || col >= source.num_cols) {
-            UNROLL for (unsigned i = 0; i < kPiece / 32; ++i) codes[i] = {};
-            scale = offset = 0.0f;
-            nested_code = 0;
+            scale = offset = 0.0f;  // whatever the codes
             return;
         }
         // In 32 bits: a weight has less than 2^38 elements.
@@ -70,13 +68,12 @@ struct Nf4Rows : Stage<kExtent, kAlongRowsOfIt> {
             offset = pair[1];
         }
     }
-    METHOD void store(bf16* tile) const {
-        const unsigned tile_row = threadIdx.x % S::kRows, part = threadIdx.x / S::kRows * (kPiece / 8);
+    METHOD void store(SharedAddress tile) const {
+        // The parts' numbers begin at a multiple of their count: exclusive or tells them apart.
+        const SharedAddress target = tile + S::place(threadIdx.x % S::kRows, threadIdx.x / S::kRows * (kPiece / 8));
         const bool is_plain = source.weight.absmax != nullptr;
         const Nf4Table table(is_plain ? scale : rounded_product(dynamic_code[nested_code], scale) + offset);
-        UNROLL for (unsigned i = 0; i < kPiece / 8; ++i) {
-            *reinterpret_cast<Words4*>(tile + tile_offset<S::kCols>(tile_row, part + i)) =
-                table.values(codes[i / 4].word[i % 4]);
-        }
+        UNROLL for (unsigned i = 0; i < kPiece / 8; ++i)
+            store_shared_16(target ^ i * sizeof(Words4), table.values(codes[i / 4].word[i % 4]));
     }
 };

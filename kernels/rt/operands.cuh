@@ -1,7 +1,8 @@
 // Operands of the tile products in gemm.cuh: where a block's part of a matrix lies, and how a stage of it gets to shared memory.
 //
-//   CopiedRows    bf16 rows (activations, dense weights), gathered rows; f32 rows and rows off a 16-byte border, slowly
-//   DroppedRows   the same with an adapter's dropout mask, staged
+//   CopiedRows    bf16 rows (activations, dense weights); f32 rows and rows off a 16-byte border, slowly
+//   KeptRows      bf16 rows, gathered or not, whose places are kept in registers
+//   DroppedRows   rows with an adapter's dropout mask, gathered or not, staged
 //   Nf4Weight     NF4, unpacked once per tile, staged                                          (rt/nf4_operand.cuh)
 //   LowRankRows   an adapter's A or B, f32 or bf16, for products over its long side, staged; read_low_rank: for the short one
 #pragma once
@@ -52,13 +53,13 @@ DEVICE Words4 load_part_by_element(const Rows& m, unsigned row, unsigned col) {
 }
 
 // One 16-byte part of `m` to `target` in shared memory.
-DEVICE void copy_part(bf16* target, const Rows& m, unsigned row, unsigned col) {
+DEVICE void copy_part(SharedAddress target, const Rows& m, unsigned row, unsigned col) {
     if (m.is_vectorised) {
         const bool valid = row < m.num_rows && col < m.num_cols;
         const bf16* const base = static_cast<const bf16*>(m.base);
         copy_async_16(target, valid ? base + row_start(m, row) + col : base, valid);
     } else {
-        *reinterpret_cast<Words4*>(target) = load_part_by_element(m, row, col);
+        store_shared_16(target, load_part_by_element(m, row, col));
     }
 }
 
@@ -68,7 +69,9 @@ struct Stage {
     static constexpr bool kAlongRows = kAlongRowsOfIt;
     static constexpr unsigned kRows = kAlongRows ? kGemmDepth : kExtent;
     static constexpr unsigned kCols = kAlongRows ? kExtent : kGemmDepth;
-    static constexpr unsigned kParts = kRows * kCols / 8;
+    static constexpr unsigned kParts = kRows * kCols / 8, kRowParts = kCols / 8;
+    // Byte of the tile where part `part` of row `row` lies.
+    DEVICE unsigned place(unsigned row, unsigned part) { return tile_offset<kCols>(row, part) * sizeof(bf16); }
     // Row and column of the matrix that element (row, col) of stage `step` is; `first`: the tile's first row, or column.
     DEVICE unsigned matrix_row(unsigned first, unsigned step, unsigned row) {
         return kAlongRows ? step * kGemmDepth + row : first + row;
@@ -94,12 +97,17 @@ struct Pairing {
 };
 
 // kExtent rows (columns, if kAlongRows) of a matrix, from `first` on. With kHalf, `first` counts in each of the two matrices.
+// Not for gathered rows: KeptRows.
 template <class Tile, unsigned kExtent, bool kAlongRowsOfIt, unsigned kHalf = 0>
 struct CopiedRows : Stage<kExtent, kAlongRowsOfIt> {
     using S = Stage<kExtent, kAlongRowsOfIt>;
     static constexpr bool kStaged = false;
     static_assert(S::kParts % Tile::kThreads == 0, "as many parts for each thread");
     static_assert(kHalf == 0 || !S::kAlongRows, "rows are paired, not columns");
+    // A turn: one part for each thread, consecutive rows, a multiple of 8.
+    static constexpr unsigned kRowsPerTurn = Tile::kThreads / S::kRowParts, kTurns = S::kRows / kRowsPerTurn;
+    static_assert(kHalf % kRowsPerTurn == 0, "the rows of a turn are of one matrix");
+    static_assert(kRowsPerTurn % 8 == 0 || kTurns == 1, "all parts of a thread trade places alike");
     Rows matrix;
     unsigned first;
     const void* second_base;  // of the paired matrix
@@ -107,82 +115,111 @@ struct CopiedRows : Stage<kExtent, kAlongRowsOfIt> {
     METHOD CopiedRows(const Rows& matrix, unsigned first, const void* second_base = nullptr)
         : matrix(matrix), first(first), second_base(second_base) {}
 
-    // A turn: one part for each thread, consecutive rows.
-    static constexpr unsigned kRowsPerTurn = Tile::kThreads / (S::kCols / 8);
-    static_assert(kHalf % kRowsPerTurn == 0, "the rows of a turn are of one matrix");
-
-    METHOD void copy(bf16* tile, unsigned step) const {
-        const unsigned tile_row = threadIdx.x / (S::kCols / 8), part = threadIdx.x % (S::kCols / 8);
+    METHOD void copy(SharedAddress tile, unsigned step) const {
+        const unsigned tile_row = threadIdx.x / S::kRowParts, part = threadIdx.x % S::kRowParts;
         const unsigned row = S::matrix_row(first, step, tile_row), col = S::matrix_col(first, step, part * 8);
+        const SharedAddress target = tile + S::place(tile_row, part);
+        constexpr unsigned kTurnBytes = kRowsPerTurn * S::kCols * sizeof(bf16);
         if (!matrix.is_vectorised) {
-            NO_UNROLL for (unsigned i = 0; i < S::kRows / kRowsPerTurn; ++i) {
+            NO_UNROLL for (unsigned i = 0; i < kTurns; ++i) {
                 Rows from = matrix;
                 if (Pairing<kHalf>::is_second(i * kRowsPerTurn)) from.base = second_base;
-                bf16* const target = tile + tile_offset<S::kCols>(tile_row + i * kRowsPerTurn, part);
                 const unsigned from_row = row + Pairing<kHalf>::row(i * kRowsPerTurn);
-                *reinterpret_cast<Words4*>(target) = load_part_by_element(from, from_row, col);
+                store_shared_16(target + i * kTurnBytes, load_part_by_element(from, from_row, col));
             }
             return;
         }
         // One product for the thread's first part; the others lie at equal steps.
         const size_t start = row * matrix.stride + col, turn = kRowsPerTurn * matrix.stride;
         const unsigned rows = col < matrix.num_cols && row < matrix.num_rows ? matrix.num_rows - row : 0;
-        UNROLL for (unsigned i = 0; i < S::kRows / kRowsPerTurn; ++i) {
+        UNROLL for (unsigned i = 0; i < kTurns; ++i) {
             const unsigned rows_before = Pairing<kHalf>::row(i * kRowsPerTurn);
-            const bool valid = rows_before < rows;
             const bool is_second = Pairing<kHalf>::is_second(i * kRowsPerTurn);
             const bf16* const base = static_cast<const bf16*>(is_second ? second_base : matrix.base);
-            const size_t element = !matrix.index ? start + rows_before / kRowsPerTurn * turn
-                                   : valid       ? row_start(matrix, row + rows_before) + col
-                                                 : 0;
-            copy_async_16(tile + tile_offset<S::kCols>(tile_row + i * kRowsPerTurn, part), base + element, valid);
+            copy_async_16(target + i * kTurnBytes, base + start + rows_before / kRowsPerTurn * turn, rows_before < rows);
         }
     }
 };
 
-// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]. What is kept is not scaled: that is
-// left to whoever has the sums, so that what is multiplied is exact in bf16.
+// kExtent rows from `first` on of a matrix at 16-byte borders, gathered or not: where each of a thread's rows lies is found once and
+// kept, one register a row.
+template <class Tile, unsigned kExtent>
+struct KeptRows : Stage<kExtent, false> {
+    using S = Stage<kExtent, false>;
+    static constexpr bool kStaged = false;
+    static constexpr unsigned kRowsPerTurn = Tile::kThreads / S::kRowParts, kTurns = S::kRows / kRowsPerTurn;
+    static_assert(S::kParts % Tile::kThreads == 0 && kRowsPerTurn % 8 == 0, "as many parts for each thread, places alike");
+    Rows matrix;
+    unsigned first;
+    uint32_t row_start[kTurns];  // in parts of 16 bytes: a matrix has less than 2^35 elements
+
+    METHOD KeptRows(const Rows& matrix, unsigned first) : matrix(matrix), first(first) {
+        const unsigned stride = static_cast<unsigned>(matrix.stride / 8);
+        UNROLL for (unsigned i = 0; i < kTurns; ++i) {
+            const unsigned row = first + threadIdx.x / S::kRowParts + i * kRowsPerTurn;
+            row_start[i] = row >= matrix.num_rows ? 0 : (matrix.index ? matrix.index[row] : row) * stride;
+        }
+    }
+
+    METHOD void copy(SharedAddress tile, unsigned step) const {
+        const unsigned tile_row = threadIdx.x / S::kRowParts, part = threadIdx.x % S::kRowParts;
+        const unsigned row = first + tile_row, col = step * kGemmDepth + part * 8;
+        const unsigned rows = col < matrix.num_cols && row < matrix.num_rows ? matrix.num_rows - row : 0;
+        const SharedAddress target = tile + S::place(tile_row, part);
+        const bf16* const from = static_cast<const bf16*>(matrix.base) + (col < matrix.num_cols ? col : 0);
+        UNROLL for (unsigned i = 0; i < kTurns; ++i)
+            copy_async_16(target + i * kRowsPerTurn * S::kCols * sizeof(bf16), from + static_cast<size_t>(row_start[i]) * 8,
+                          i * kRowsPerTurn < rows);
+    }
+};
+
+// Rows under a dropout mask; row r of `matrix` is token r of the micro-batch, or tokens[r]; if rows are gathered, by their tokens.
+// What is kept is not scaled: that is left to whoever has the sums, so that what is multiplied is exact in bf16.
 template <class Tile, unsigned kExtent, bool kAlongRowsOfIt>
 struct DroppedRows : Stage<kExtent, kAlongRowsOfIt> {
     using S = Stage<kExtent, kAlongRowsOfIt>;
     static constexpr bool kStaged = true;
-    static constexpr unsigned kPerThread = S::kParts / Tile::kThreads;
+    static constexpr unsigned kPerThread = S::kParts / Tile::kThreads, kRowsPerTurn = Tile::kThreads / S::kRowParts;
     static_assert(S::kParts % Tile::kThreads == 0, "as many parts for each thread");
+    static_assert(kRowsPerTurn % 8 == 0 || kPerThread == 1, "all parts of a thread trade places alike");
     Rows matrix;
     unsigned first;
     Dropout mask;
     const uint32_t* tokens;
-    unsigned fetched_step = 0;
+    // What was fetched: the thread's column, parts, and their tokens.
+    unsigned fetched_col = 0;
+    uint32_t token[kPerThread] = {};
     Words4 part[kPerThread] = {};
 
     METHOD DroppedRows(const Rows& matrix, unsigned first, const Dropout& mask, const uint32_t* tokens = nullptr)
         : matrix(matrix), first(first), mask(mask), tokens(tokens) {}
 
     METHOD void fetch(unsigned step) {
-        fetched_step = step;
+        const unsigned row = S::matrix_row(first, step, threadIdx.x / S::kRowParts);
+        const unsigned col = S::matrix_col(first, step, threadIdx.x % S::kRowParts * 8);
+        const unsigned rows = row < matrix.num_rows && col < matrix.num_cols ? matrix.num_rows - row : 0;
+        fetched_col = col;
+        UNROLL for (unsigned i = 0; i < kPerThread; ++i)
+            token[i] = !tokens ? row + i * kRowsPerTurn : i * kRowsPerTurn < rows ? tokens[row + i * kRowsPerTurn] : 0;
         UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
-            const unsigned at = threadIdx.x + i * Tile::kThreads;
-            const unsigned row = S::matrix_row(first, step, at / (S::kCols / 8));
-            const unsigned col = S::matrix_col(first, step, at % (S::kCols / 8) * 8);
+            part[i] = {};
+            if (i * kRowsPerTurn >= rows) continue;
+            const unsigned own = row + i * kRowsPerTurn;
             if (!matrix.is_vectorised) {
-                part[i] = load_part_by_element(matrix, row, col);
-            } else if (row < matrix.num_rows && col < matrix.num_cols) {
-                part[i] = *reinterpret_cast<const Words4*>(static_cast<const bf16*>(matrix.base) + row_start(matrix, row) + col);
-            } else {
-                part[i] = {};
+                part[i] = load_part_by_element(matrix, own, col);
+                continue;
             }
+            const size_t start = (matrix.index ? token[i] : own) * matrix.stride;
+            part[i] = *reinterpret_cast<const Words4*>(static_cast<const bf16*>(matrix.base) + start + col);
         }
     }
-    METHOD void store(bf16* tile) const {
-        UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
-            const unsigned at = threadIdx.x + i * Tile::kThreads;
-            const unsigned row = at / (S::kCols / 8), col = at % (S::kCols / 8);
-            Words4 kept = part[i];
-            const unsigned matrix_row = S::matrix_row(first, fetched_step, row);
-            if (mask.is_on && matrix_row < matrix.num_rows)
-                drop_part(kept, mask, tokens ? tokens[matrix_row] : matrix_row, S::matrix_col(first, fetched_step, col * 8));
-            *reinterpret_cast<Words4*>(tile + tile_offset<S::kCols>(row, col)) = kept;
+    METHOD void store(SharedAddress tile) {
+        const SharedAddress target = tile + S::place(threadIdx.x / S::kRowParts, threadIdx.x % S::kRowParts);
+        if (mask.is_on) {
+            UNROLL for (unsigned i = 0; i < kPerThread; ++i) drop_part(part[i], mask, token[i], fetched_col);
         }
+        UNROLL for (unsigned i = 0; i < kPerThread; ++i)
+            store_shared_16(target + i * kRowsPerTurn * S::kCols * sizeof(bf16), part[i]);
     }
 };
 
@@ -228,7 +265,7 @@ DEVICE LowRankPart load_low_rank(const LowRank& m, unsigned row, unsigned col) {
     return part;
 }
 
-DEVICE void store_low_rank(bf16* target, const LowRankPart& part, bool is_bf16) {
+DEVICE void store_low_rank(SharedAddress target, const LowRankPart& part, bool is_bf16) {
     Words4 out = part.word[0];
     if (!is_bf16) {
         UNROLL for (unsigned i = 0; i < 4; ++i) {
@@ -236,7 +273,7 @@ DEVICE void store_low_rank(bf16* target, const LowRankPart& part, bool is_bf16) 
             out.word[i] = pack_bf16_pair(f32_of_bits(from.word[i % 2 * 2]), f32_of_bits(from.word[i % 2 * 2 + 1]));
         }
     }
-    *reinterpret_cast<Words4*>(target) = out;
+    store_shared_16(target, out);
 }
 
 // For a product over the tensor's long side (xa = x A^T, d_xa = d_y B), in stages.
@@ -259,10 +296,10 @@ struct LowRankRows : Stage<kExtent, kAlongRowsOfIt> {
                                     S::matrix_col(first, step, at % (S::kCols / 8) * 8));
         }
     }
-    METHOD void store(bf16* tile) const {
+    METHOD void store(SharedAddress tile) const {
         UNROLL for (unsigned i = 0; i < kPerThread; ++i) {
             const unsigned at = threadIdx.x + i * Tile::kThreads;
-            store_low_rank(tile + tile_offset<S::kCols>(at / (S::kCols / 8), at % (S::kCols / 8)), part[i], matrix.is_bf16);
+            store_low_rank(tile + S::place(at / S::kRowParts, at % S::kRowParts), part[i], matrix.is_bf16);
         }
     }
 };
@@ -280,7 +317,7 @@ struct LowRankTile : Stage<Tile::kN, kAlongRowsOfIt> {
     METHOD LowRankTile(const LowRank& matrix, unsigned first, bool is_second = false)
         : matrix(matrix), first(first), is_second(is_second) {}
 
-    METHOD void copy(bf16* tile, unsigned step) const {
+    METHOD void copy(SharedAddress tile, unsigned step) const {
         const unsigned rank = S::kAlongRows ? matrix.num_rows : matrix.num_cols;
         const unsigned left = (rank - step * kGemmDepth + 15) / 16 * 16;
         const unsigned depth = left < kGemmDepth ? left : kGemmDepth;
@@ -290,7 +327,7 @@ struct LowRankTile : Stage<Tile::kN, kAlongRowsOfIt> {
             if (Pairing<kHalf>::is_second(row) != is_second) continue;
             const LowRankPart values = load_low_rank(matrix, S::matrix_row(first, step, Pairing<kHalf>::row(row)),
                                                      S::matrix_col(first, step, part * 8));
-            store_low_rank(tile + tile_offset<S::kCols>(row, part), values, matrix.is_bf16);
+            store_low_rank(tile + S::place(row, part), values, matrix.is_bf16);
         }
     }
 };
