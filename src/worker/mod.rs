@@ -23,6 +23,7 @@ pub mod local;
 pub mod log;
 pub mod model;
 pub mod net;
+pub mod outbox;
 pub mod ping;
 pub mod platform;
 pub mod preflight;
@@ -36,6 +37,7 @@ pub mod status;
 pub mod supabase;
 pub mod upstream;
 pub mod wanted;
+mod work;
 
 /// Bytes as people read them.
 fn gb(num_bytes: u64) -> String {

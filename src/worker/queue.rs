@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use super::attempt::{Attempt, tend_outbox};
+use super::attempt::Attempt;
 use super::cancel::{Ends, Reason};
 use super::context::Context;
 use super::net::Cancel;
 use super::net::backoff::Backoff;
+use super::outbox;
 use super::ping::InProgress;
 use super::platform::{Platform, Posted, Take, Taken};
 use super::upstream::Upstream;
@@ -82,7 +83,7 @@ pub async fn run(
     let upstream = Upstream::Runpod(platform.clone());
     tokio::select! {
         end = take_jobs(context, platform, jobs, drain) => end,
-        never = tend_outbox(context, &upstream) => match never {},
+        never = outbox::tend(context, &upstream) => match never {},
     }
 }
 
