@@ -19,6 +19,8 @@ pub mod ops;
 pub mod plan;
 pub mod random;
 pub mod selftest;
+pub mod sim;
 pub mod store;
 pub mod tensor;
 pub mod train;
+pub mod worker;

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 16] = [
+const MAY_NAME: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("random", &[]),
     ("durable", &["error"]),
@@ -61,6 +61,13 @@ const MAY_NAME: [(&str, &[&str]); 16] = [
             "error", "tensor", "store", "config", "data", "ops", "backend", "export", "train",
         ],
     ),
+    (
+        "worker",
+        &[
+            "error", "durable", "config", "data", "store", "plan", "train", "export",
+        ],
+    ),
+    ("sim", &[]),
     ("lib", &[]),
 ];
 

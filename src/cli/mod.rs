@@ -6,6 +6,8 @@ mod export;
 mod plan;
 mod selftest;
 mod train;
+mod train_job;
+mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,12 +31,20 @@ const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failure, 2 usage, 12 does not fit 
 enum Command {
     /// Train an adapter; goes on from the newest checkpoint in `output_dir`.
     Train(ConfigArguments),
+    /// Train as the worker's child: with micro-batches that fit, events as JSON lines on standard output, until standard input
+    /// closes.
+    #[command(hide = true)]
+    TrainJob(ConfigArguments),
     /// Check config and data sets without training: formats, what is left out and why, lengths, a masked sample.
     Check(ConfigArguments),
     /// Tell from the base model's config.json whether a run fits, what it takes and what makes it fit.
     Plan(PlanArguments),
     /// Write the adapter of a run in another form.
     Export(ExportArguments),
+    /// Take jobs from RunPod's queue, or from this machine, and deliver their adapters.
+    Worker(worker::WorkerArguments),
+    /// Look whether a pod or an endpoint has all that jobs need: mounts, space, GPU, database, storage.
+    Preflight(worker::PreflightArguments),
     /// Check every op of a device against a reference: the first thing to run on a GPU.
     Selftest(SelftestArguments),
 }
@@ -133,9 +143,12 @@ pub(crate) fn run() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.command {
         Command::Train(arguments) => train::run(arguments),
+        Command::TrainJob(arguments) => train_job::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Worker(arguments) => worker::run(arguments),
+        Command::Preflight(arguments) => worker::check(arguments),
         Command::Selftest(arguments) => selftest::run(arguments),
     };
     result.unwrap_or_else(|error| fail(&error))

@@ -40,7 +40,7 @@ pub(super) fn run(arguments: &PlanArguments) -> Result<ExitCode> {
 }
 
 /// Where a run with `device` would go on this machine. The emulated device stands for a GPU with this machine's memory.
-fn here(device: Device, env: &Env) -> Result<Place> {
+pub(super) fn here(device: Device, env: &Env) -> Result<Place> {
     let opened = backend::open(device, env)?;
     Ok(match (opened.info, opened.ops.free_memory()?) {
         (Some(info), Some(free)) => Place::Gpu(plan::GpuKind::of(&info, free)),

@@ -68,11 +68,22 @@ impl TrainConfig {
             let (key, value) = parse_set(set)?;
             entries.insert(key, value);
         }
+        Self::from_entries(entries, &origin.display().to_string())
+    }
+
+    /// A config from its `key: value` pairs; `origin` names them in messages.
+    ///
+    /// # Errors
+    /// As [`Self::from_yaml`].
+    pub fn from_entries(entries: Map<String, Value>, origin: &str) -> Result<Self> {
         let mut reader = Reader::new(entries);
         let config = read(&mut reader);
         match reader.finish() {
             None => Ok(config),
-            Some(problems) => Err(config_error(origin, problems)),
+            Some(reason) => Err(Error::Config {
+                origin: origin.to_owned(),
+                reason,
+            }),
         }
     }
 

@@ -4,8 +4,12 @@ mod env;
 mod file;
 pub mod model;
 mod reader;
+mod secret;
 
-pub use env::Env;
+pub use env::{Env, RunpodEnv, WorkerEnv};
+pub use reader::setting_name;
+pub(crate) use reader::{number, shown};
+pub use secret::Secret;
 
 use std::path::PathBuf;
 

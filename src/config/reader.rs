@@ -25,6 +25,12 @@ const ALIASES: &[(&str, &str)] = &[
     ("max_norm", "max_grad_norm"),
 ];
 
+/// The key that `key` means: itself, unless it is another spelling.
+pub fn setting_name(key: &str) -> &str {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == key);
+    alias.map_or(key, |(_, name)| name)
+}
+
 /// A mapping being read.
 #[derive(Debug)]
 pub(super) struct Reader {
@@ -42,8 +48,7 @@ impl Reader {
             problems: Vec::new(),
         };
         for (key, value) in entries {
-            let alias = ALIASES.iter().find(|(alias, _)| *alias == key);
-            let name = alias.map_or(key.as_str(), |(_, name)| name);
+            let name = setting_name(&key);
             if reader.entries.contains_key(name) {
                 reader.problem(format!(
                     "`{name}` is given twice (also as `{key}`); keep one"
@@ -182,13 +187,13 @@ impl Reader {
 }
 
 /// A number, also one that YAML took for text (`1e-4`).
-fn number(value: &Value) -> Option<f64> {
+pub(crate) fn number(value: &Value) -> Option<f64> {
     let written = || value.as_str()?.trim().parse().ok();
     value.as_f64().or_else(written)
 }
 
 /// A value as it stands in a message.
-pub(super) fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     let mut text = value.to_string();
     if text.chars().count() > 60 {
         text = text.chars().take(60).collect::<String>() + "...";

@@ -280,7 +280,7 @@ impl<'a> Run<'a> {
                 .epoch(&self.prepared.data.train, epoch);
             for batches in &steps[done..] {
                 self.step(batches)?;
-                if self.wants_save() {
+                if self.wants_save() || stop.take_save() {
                     self.save()?;
                 }
                 if let Some(signal) = stop.signal().filter(|_| self.state.step < total_steps) {

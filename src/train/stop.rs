@@ -1,9 +1,9 @@
-//! Asking a run to stop: a flag that signals set.
+//! Asking a run to stop, or to save: flags that signals set.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::error::Result;
 
@@ -11,10 +11,11 @@ use crate::error::Result;
 #[derive(Debug, Clone, Default)]
 pub struct StopFlag {
     signal: Arc<AtomicUsize>,
+    save: Arc<AtomicBool>,
 }
 
 impl StopFlag {
-    /// A flag that SIGINT and SIGTERM set. A second signal ends the process at once.
+    /// A flag that SIGINT and SIGTERM set. A second signal ends the process at once. SIGUSR1 asks for a checkpoint.
     ///
     /// # Errors
     /// Those of the operating system.
@@ -32,12 +33,18 @@ impl StopFlag {
             signal_hook::flag::register(signal, seen)?;
             signal_hook::flag::register_usize(signal, Arc::clone(&flag.signal), number)?;
         }
+        signal_hook::flag::register(SIGUSR1, Arc::clone(&flag.save))?;
         Ok(flag)
     }
 
     /// Asks to stop, as `signal` would.
     pub fn set(&self, signal: usize) {
         self.signal.store(signal, Ordering::Relaxed);
+    }
+
+    /// Whether a checkpoint was asked for since the last call.
+    pub fn take_save(&self) -> bool {
+        self.save.swap(false, Ordering::Relaxed)
     }
 
     /// The signal that asked to stop.

@@ -1,5 +1,9 @@
 //! The environment of the process, read once and nowhere else.
 
+mod worker;
+
+pub use worker::{RunpodEnv, WorkerEnv};
+
 use std::path::PathBuf;
 
 /// Variables the engine looks at.
@@ -11,6 +15,18 @@ pub struct Env {
     pub kill_at_write: Option<u64>,
     /// `BRIGHTRUN_SYNC`, unless empty or 0: wait for every launch, so that a fault of a GPU names its kernel.
     pub synchronous: bool,
+}
+
+impl WorkerEnv {
+    /// Reads the process's environment.
+    #[expect(clippy::disallowed_methods, reason = "this is the one place")]
+    pub fn from_process() -> Self {
+        Self::read(|name| {
+            std::env::var(name)
+                .ok()
+                .filter(|value| !value.trim().is_empty())
+        })
+    }
 }
 
 impl Env {

@@ -1,0 +1,148 @@
+//! A job's data set: fetched before anything that costs time or money.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use reqwest::header::HeaderMap;
+use serde_json::Value;
+
+use super::context::Context;
+use super::job::Job;
+use super::log::Log;
+use super::net::fetch::{Limits, Via, fetch};
+use super::net::gzip::{GzipCaps, decompress_if_gzip};
+use super::net::{Cancel, Error, Kind};
+use super::row::Row;
+use super::state::JobDir;
+
+/// File of a job's directory that holds its data.
+const FILE: &str = "dataset.jsonl";
+/// Written when the file is whole: a later attempt need not fetch it.
+const FETCHED: &str = "dataset.json";
+/// Time for the whole.
+const DEADLINE: Duration = Duration::from_hours(2);
+/// Time that an address signed anew is good for, in seconds.
+const SIGNED_S: u64 = 3600;
+
+/// The file with the data of `job`.
+///
+/// # Errors
+/// For a person; [`Kind::Cancelled`].
+pub async fn get(
+    context: &Context,
+    job: &Job,
+    dir: &JobDir,
+    log: &Log,
+    cancel: &Cancel,
+) -> Result<PathBuf, Error> {
+    let to = dir.path(FILE);
+    let is_whole = |size: u64| to.metadata().is_ok_and(|data| data.len() == size);
+    if dir.read::<u64>(FETCHED).is_some_and(is_whole) {
+        log.info("the data set is here already");
+        return Ok(to);
+    }
+    let url = job.dataset_url.secret();
+    let fetched = match download(context, url, &to, cancel).await {
+        // Its signature is over, or it waited too long in the queue.
+        Err(error) if error.kind == Kind::Expired => {
+            let signed = sign_anew(context, job, url).await;
+            let Some(url) = signed else {
+                let text = format!(
+                    "dataset_url_expired: {}; sign it for longer than the job may wait",
+                    error.message
+                );
+                return Err(Error::new(Kind::Expired, text));
+            };
+            log.info("the address of the data set had expired; it was signed anew");
+            download(context, &url, &to, cancel).await?
+        }
+        fetched => fetched?,
+    };
+    let caps = GzipCaps {
+        max_bytes: context.env.max_dataset_bytes,
+        ..GzipCaps::default()
+    };
+    let size = decompress_if_gzip(&to, caps, cancel)
+        .await?
+        .unwrap_or(fetched);
+    let noted = dir.write(FETCHED, &size);
+    noted.map_err(|error| Error::new(Kind::Io, error.to_string()))?;
+    log.info(&format!("data set: {size} bytes"));
+    Ok(to)
+}
+
+async fn download(context: &Context, url: &str, to: &Path, cancel: &Cancel) -> Result<u64, Error> {
+    let limits = Limits {
+        max_bytes: context.env.max_dataset_bytes,
+        deadline: DEADLINE,
+        ..Limits::default()
+    };
+    let via = Via::Guard(&context.guard);
+    let fetched = fetch(
+        via,
+        url,
+        &HeaderMap::new(),
+        to,
+        &limits,
+        cancel,
+        &mut |_, _| {},
+    )
+    .await?;
+    Ok(fetched.bytes)
+}
+
+/// Signs the object of the data set again: the one the row names, else the one the expired address names.
+async fn sign_anew(context: &Context, job: &Job, url: &str) -> Option<String> {
+    let supabase = context.supabase.as_ref()?;
+    let of_row = Row::new(supabase, &job.id)
+        .read()
+        .await
+        .ok()
+        .flatten()
+        .and_then(|row| {
+            let path = row.get("dataset_file_path").and_then(Value::as_str)?;
+            let path = path.trim_start_matches('/');
+            let path = path.strip_prefix("training-files/").unwrap_or(path);
+            (!path.is_empty()).then(|| ("training-files".to_owned(), path.to_owned()))
+        });
+    let (bucket, path) = of_row.or_else(|| object_of(url, supabase.url().host_str()?))?;
+    supabase.sign(&bucket, &path, SIGNED_S).await.ok()
+}
+
+/// Bucket and path of a signed address of this project's own storage.
+fn object_of(url: &str, host: &str) -> Option<(String, String)> {
+    let url = url::Url::parse(url).ok()?;
+    let project = host.split('.').next()?;
+    let is_own = url
+        .host_str()
+        .is_some_and(|own| own == host || own.split('.').next() == Some(project));
+    let (_, object) = url.path().split_once("/storage/v1/object/sign/")?;
+    let (bucket, path) = object.split_once('/')?;
+    let decode = |text: &str| -> Option<String> {
+        let pair = format!("x={}", text.replace('+', "%2B"));
+        url::form_urlencoded::parse(pair.as_bytes())
+            .next()
+            .map(|(_, value)| value.into_owned())
+    };
+    is_own.then_some((decode(bucket)?, decode(path)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expired_address_names_its_object() {
+        let url = "https://abc.supabase.co/storage/v1/object/sign/training-files/u%201/training.jsonl?token=x";
+        let found = object_of(url, "abc.supabase.co");
+        assert_eq!(
+            found,
+            Some(("training-files".to_owned(), "u 1/training.jsonl".to_owned()))
+        );
+        assert_eq!(object_of(url, "other.supabase.co"), None);
+        assert_eq!(
+            object_of("https://abc.supabase.co/x/y", "abc.supabase.co"),
+            None
+        );
+    }
+}

@@ -1,0 +1,514 @@
+//! Bringing a finished adapter home. What is done is written down, so that a later start goes on where this one ended, and does
+//! nothing twice.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::archive::{self, Sealed};
+use super::callback::{Callback, Event};
+use super::context::Context;
+use super::log::Log;
+use super::net::Cancel;
+use super::net::backoff::Backoff;
+use super::net::time::{iso8601, unix_seconds};
+use super::row::{Row, Updated, is_delivered};
+use super::state::{JobDir, Stored};
+use super::status::whole;
+use super::supabase::{ServiceError, Supabase, Upload};
+
+/// File of a job's directory that says what is trained and how much of it is delivered.
+pub const FILE: &str = "delivery.json";
+const ARCHIVE: &str = "adapter.tar.gz";
+const MANIFEST: &str = "manifest.json";
+/// Time that signed addresses of the adapter are good for, in seconds: 7 days.
+const SIGNED_S: u64 = 7 * 24 * 3600;
+/// The dispatcher writes its `initializing` after the job is accepted; what it overwrote is written again within this time.
+const DISPATCHER: Duration = Duration::from_mins(1);
+/// When the row is looked at for that.
+const LOOK_AGAIN: Duration = Duration::from_secs(12);
+/// Time that the row is tried for before the platform is answered: a GPU waits.
+const ROW_PATIENCE: Duration = Duration::from_mins(1);
+/// Waits between tries of the last callback.
+const CALLBACK_WAITS: [u64; 6] = [0, 5, 30, 120, 300, 300];
+
+/// What was trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Trained {
+    /// Hub id of the base model.
+    pub base_model: String,
+    /// Rank of the adapter.
+    pub lora_rank: usize,
+    /// Directory of the adapter.
+    pub adapter: PathBuf,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Epochs.
+    pub epochs: f64,
+    /// Mean loss per target token over the last epoch, in nats.
+    pub final_loss: Option<f64>,
+    /// That of the held-out data.
+    pub eval_loss: Option<f64>,
+    /// Seconds of training.
+    pub training_s: f64,
+    /// Tokens per second over the run.
+    pub tokens_per_s: Option<f64>,
+    /// What the application should know.
+    pub warnings: Vec<String>,
+}
+
+/// A delivery under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a part of the delivery that is done or not"
+)]
+pub struct Delivery {
+    /// The application's id of the job.
+    pub job_id: String,
+    /// RunPod's id of it.
+    pub runpod_id: String,
+    /// Where the application wants to be told, beside the row.
+    pub callback_url: Option<String>,
+    /// What was trained.
+    pub trained: Trained,
+    /// When the job was taken, in seconds since 1970.
+    pub begun: u64,
+    /// When the training ended.
+    pub finished: u64,
+    /// The archive, once it is packed.
+    pub archive: Option<Sealed>,
+    /// Everything is in the storage and verified.
+    pub uploaded: bool,
+    /// The answer, once it is known.
+    pub output: Option<Value>,
+    /// The row says `completed`.
+    pub row_written: bool,
+    /// The platform has the answer, or does not want it any more.
+    pub posted: bool,
+    /// The callback has the news, or cannot be had.
+    pub told: bool,
+}
+
+/// Why a delivery does not go on now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stuck {
+    /// The application cancelled the job.
+    Cancelled,
+    /// Something cannot be reached or refuses; the adapter is kept.
+    Kept(String),
+}
+
+impl Delivery {
+    /// Whether nothing is left to do.
+    pub fn is_done(&self) -> bool {
+        self.uploaded && self.row_written && self.posted && self.told
+    }
+
+    /// Storage, then the answer, each once. At the end [`Self::output`] is there.
+    ///
+    /// # Errors
+    /// [`Stuck`].
+    pub async fn bring(
+        &mut self,
+        context: &Context,
+        job: &JobDir,
+        log: &Log,
+        cancel: &Cancel,
+    ) -> Result<(), Stuck> {
+        let kept = |error: String| Stuck::Kept(log.redact(&error));
+        let Some(supabase) = &context.supabase else {
+            (self.uploaded, self.row_written) = (true, true);
+            let adapter = self.trained.adapter.display().to_string();
+            let output = self.describe(&adapter, &Map::new(), None);
+            self.output.get_or_insert(output);
+            return self.save(job).map_err(kept);
+        };
+        if !self.uploaded {
+            self.upload(supabase, context, job, log, cancel).await?;
+        }
+        if self.output.is_none() {
+            let answer = self.answer(supabase, context).await;
+            self.output = Some(answer.map_err(|error| kept(error.to_string()))?);
+            self.save(job).map_err(kept)?;
+        }
+        Ok(())
+    }
+
+    /// The row's last word, once, after all reports: the application deploys at every update of a finished row. Where the
+    /// database cannot be reached it is left for later.
+    ///
+    /// # Errors
+    /// [`Stuck::Cancelled`]; those of the file system.
+    pub async fn conclude(
+        &mut self,
+        context: &Context,
+        job: &JobDir,
+        log: &Log,
+        cancel: &Cancel,
+    ) -> Result<(), Stuck> {
+        let (Some(supabase), false) = (&context.supabase, self.row_written) else {
+            return Ok(());
+        };
+        let row = Row::new(supabase, &self.job_id);
+        match self.write_row(&row, context, log, cancel).await {
+            Ok(()) => self.row_written = true,
+            Err(Stuck::Cancelled) => return Err(Stuck::Cancelled),
+            // The adapter is there and the platform is told; the row follows.
+            Err(Stuck::Kept(reason)) => log.warn(&format!("the row is written later: {reason}")),
+        }
+        let kept = |error: String| Stuck::Kept(log.redact(&error));
+        self.save(job).map_err(kept)
+    }
+
+    /// Writes the state of the delivery.
+    ///
+    /// # Errors
+    /// Those of the file system, for a person.
+    pub fn save(&self, job: &JobDir) -> Result<(), String> {
+        job.write(FILE, self).map_err(|error| error.to_string())
+    }
+
+    /// Bytes of the answer to the platform.
+    pub fn body(&self) -> Value {
+        json!({"output": self.output})
+    }
+
+    /// Writes the answer down before it is given.
+    ///
+    /// # Errors
+    /// Those of the file system, for a person.
+    pub fn store(&self, job: &JobDir) -> Result<(), String> {
+        let stored = Stored { body: self.body() };
+        job.write("result.json", &stored)
+            .map_err(|error| error.to_string())
+    }
+
+    async fn upload(
+        &mut self,
+        supabase: &Supabase,
+        context: &Context,
+        job: &JobDir,
+        log: &Log,
+        cancel: &Cancel,
+    ) -> Result<(), Stuck> {
+        let kept = |error: String| Stuck::Kept(log.redact(&error));
+        let (adapter, to) = (self.trained.adapter.clone(), job.path(ARCHIVE));
+        let is_there = self
+            .archive
+            .as_ref()
+            .is_some_and(|sealed| to.metadata().is_ok_and(|data| data.len() == sealed.bytes));
+        if !is_there {
+            let (dir, file) = (adapter.clone(), to.clone());
+            let packed = tokio::task::spawn_blocking(move || archive::pack(&dir, &file)).await;
+            let packed = packed.map_err(|error| kept(error.to_string()))?;
+            self.archive = Some(packed.map_err(|error| kept(error.to_string()))?);
+            self.save(job).map_err(kept)?;
+        }
+        let mut objects = Vec::new();
+        let paths = archive::files(&adapter).map_err(|error| kept(error.to_string()))?;
+        for path in paths {
+            let of = path.clone();
+            let sealed = tokio::task::spawn_blocking(move || archive::seal(&of)).await;
+            let sealed = sealed.map_err(|error| kept(error.to_string()))?;
+            let sealed = sealed.map_err(|error| kept(error.to_string()))?;
+            objects.push((path, self.file_path(&sealed.name), sealed));
+        }
+        if let Some(sealed) = &self.archive {
+            objects.push((to, self.archive_path(), sealed.clone()));
+        }
+        let files: Vec<&Sealed> = objects.iter().map(|(_, _, sealed)| sealed).collect();
+        let manifest =
+            json!({"job_id": self.job_id, "base_model": self.trained.base_model, "files": files});
+        let path = job.path(MANIFEST);
+        job.write(MANIFEST, &manifest)
+            .map_err(|error| kept(error.to_string()))?;
+        let sealed = archive::seal(&path).map_err(|error| kept(error.to_string()))?;
+        // Last: where it is, everything is.
+        objects.push((path, self.file_path(MANIFEST), sealed));
+        for (file, object, sealed) in objects {
+            log.info(&format!(
+                "uploading {} ({} bytes)",
+                sealed.name, sealed.bytes
+            ));
+            let upload = Upload {
+                bucket: context.env.bucket.clone(),
+                path: object.clone(),
+                content_type: content_type(&sealed.name).to_owned(),
+                state: Some(job.path(&format!("upload.{}.json", sealed.name))),
+                file,
+                deadline: context.env.retry,
+                backoff: Duration::from_secs(1),
+            };
+            let bucket = &context.env.bucket;
+            let stuck = |error: ServiceError| Stuck::Kept(log.redact(&error.to_string()));
+            supabase
+                .upload(&upload, cancel, &mut |_, _| {})
+                .await
+                .map_err(stuck)?;
+            let verified = patiently(context.env.retry, cancel, async || {
+                supabase
+                    .verify(bucket, &object, sealed.bytes, &sealed.sha256, cancel)
+                    .await
+            });
+            verified.await.map_err(stuck)?;
+            if let Some(state) = &upload.state {
+                let _ = fs_err::remove_file(state);
+            }
+        }
+        self.uploaded = true;
+        self.save(job).map_err(kept)
+    }
+
+    /// Path of the archive in the bucket.
+    fn archive_path(&self) -> String {
+        format!("adapters/{}.tar.gz", self.job_id)
+    }
+
+    fn file_path(&self, name: &str) -> String {
+        format!("adapters/{}/{name}", self.job_id)
+    }
+
+    async fn answer(&self, supabase: &Supabase, context: &Context) -> Result<Value, ServiceError> {
+        let bucket = &context.env.bucket;
+        let never = Cancel::never();
+        let sign = async |path: &str| {
+            patiently(context.env.retry, &never, async || {
+                supabase.sign(bucket, path, SIGNED_S).await
+            })
+            .await
+        };
+        let mut files = Map::new();
+        let paths = archive::files(&self.trained.adapter).unwrap_or_default();
+        for path in paths {
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            let url = sign(&self.file_path(&name)).await?;
+            files.insert(name, json!(url));
+        }
+        let archive = self.archive_path();
+        let url = sign(&archive).await?;
+        Ok(self.describe(&format!("{bucket}/{archive}"), &files, Some(&url)))
+    }
+
+    /// What both contracts of the application look for.
+    fn describe(&self, path: &str, files: &Map<String, Value>, archive_url: Option<&str>) -> Value {
+        let trained = &self.trained;
+        json!({
+            "status": "completed",
+            "job_id": self.job_id,
+            "progress": 100,
+            "stage": "completed",
+            "current_epoch": trained.epochs,
+            "current_step": trained.steps,
+            "total_steps": trained.steps,
+            "adapter_path": path,
+            "adapter_file_path": path,
+            "adapter_download_url": archive_url,
+            "adapter_sha256": self.archive.as_ref().map(|sealed| &sealed.sha256),
+            "adapter_size_bytes": self.archive.as_ref().map(|sealed| sealed.bytes),
+            "model_files": files,
+            "download_urls": files,
+            "model_metadata": {
+                "base_model": trained.base_model,
+                "lora_rank": trained.lora_rank,
+                "final_loss": trained.final_loss,
+                "training_time": trained.training_s,
+            },
+            "metrics": {
+                "training_loss": trained.final_loss,
+                "validation_loss": trained.eval_loss,
+                "throughput": trained.tokens_per_s,
+                "total_steps": trained.steps,
+                "train_duration_minutes": trained.training_s / 60.0,
+            },
+            "warnings": trained.warnings,
+        })
+    }
+
+    /// The one update that makes the application deploy the adapter. What is there already is not written again.
+    async fn write_row(
+        &self,
+        row: &Row,
+        context: &Context,
+        log: &Log,
+        cancel: &Cancel,
+    ) -> Result<(), Stuck> {
+        let stuck = |error: ServiceError| Stuck::Kept(log.redact(&error.to_string()));
+        let patience = context.env.retry.min(ROW_PATIENCE);
+        let read = patiently(patience, cancel, async || row.read().await);
+        match read.await.map_err(stuck)? {
+            None => return Ok(()),
+            Some(row) if is_delivered(&row) => {
+                log.info("the row says already that the adapter is there");
+                return Ok(());
+            }
+            Some(row) if row.get("status").and_then(Value::as_str) == Some("cancelled") => {
+                return Err(Stuck::Cancelled);
+            }
+            Some(_) => {}
+        }
+        let body = self.final_row();
+        let written = patiently(patience, cancel, async || row.write(&body).await);
+        match written.await.map_err(stuck)? {
+            Updated::Cancelled => return Err(Stuck::Cancelled),
+            Updated::Missing => return Ok(()),
+            Updated::Yes => {}
+        }
+        let is_settled = |row: &Map<String, Value>| {
+            is_delivered(row) || row.get("status").and_then(Value::as_str) == Some("cancelled")
+        };
+        settle(row, &body, self.begun, context.env.report, is_settled, log).await;
+        Ok(())
+    }
+
+    fn final_row(&self) -> Map<String, Value> {
+        let trained = &self.trained;
+        let now = iso8601(unix_seconds());
+        let output = self.output.as_ref();
+        let of_output = |key: &str| {
+            output
+                .and_then(|output| output.get(key))
+                .cloned()
+                .unwrap_or_default()
+        };
+        let entries = [
+            ("status", json!("completed")),
+            ("progress", json!(100)),
+            ("current_epoch", whole(trained.epochs.floor())),
+            ("current_step", json!(trained.steps)),
+            ("total_steps", json!(trained.steps)),
+            (
+                "final_loss",
+                json!(trained.final_loss.filter(|loss| loss.is_finite())),
+            ),
+            ("training_time_seconds", whole(trained.training_s)),
+            ("adapter_file_path", of_output("adapter_file_path")),
+            ("adapter_download_url", of_output("adapter_download_url")),
+            ("completed_at", json!(iso8601(self.finished))),
+            ("updated_at", json!(now)),
+        ];
+        let entries = entries.into_iter().filter(|(_, value)| !value.is_null());
+        let mut row: Map<String, Value> = entries
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect();
+        // What an earlier attempt may have left.
+        row.insert("error_message".to_owned(), Value::Null);
+        row
+    }
+
+    /// Tells the callback, as long as it may still listen.
+    pub async fn tell(&mut self, context: &Context, job: &JobDir, log: &Log) {
+        let callback = self
+            .callback_url
+            .as_deref()
+            .map(|url| context.callback(url));
+        let (Some(Ok(callback)), Some(output)) = (callback, self.output.clone()) else {
+            self.told = true;
+            return;
+        };
+        let id = format!("msg_{}_{}_end", event_id(&self.job_id), self.finished);
+        let event = Event {
+            unix_seconds: self.finished,
+            ..Event::new(id, "training.completed", slim(output))
+        };
+        self.told = tell(&callback, &event, context.env.retry, log).await;
+        if let Err(error) = self.save(job) {
+            log.warn(&error);
+        }
+    }
+}
+
+/// Looks at a row whose last word was written, and writes it again where the dispatcher, who writes after the job was accepted,
+/// overwrote it.
+pub async fn settle(
+    row: &Row,
+    body: &Map<String, Value>,
+    begun: u64,
+    report: Duration,
+    is_settled: impl Fn(&Map<String, Value>) -> bool,
+    log: &Log,
+) {
+    if Duration::from_secs(unix_seconds().saturating_sub(begun)) > DISPATCHER {
+        return;
+    }
+    tokio::time::sleep(LOOK_AGAIN.min(2 * report)).await;
+    let now = row.read().await.ok().flatten();
+    if now.is_some_and(|now| !is_settled(&now)) {
+        log.warn("the row's last state was overwritten; it is written again");
+        let _ = row.write(body).await;
+    }
+}
+
+/// Sends an event until it is there, for `patience`. Whether it is settled: there, or never to be.
+pub async fn tell(callback: &Callback, event: &Event, patience: Duration, log: &Log) -> bool {
+    let deadline = tokio::time::Instant::now() + patience;
+    for wait in CALLBACK_WAITS {
+        let until = tokio::time::Instant::now() + Duration::from_secs(wait);
+        if until > deadline {
+            return false;
+        }
+        tokio::time::sleep_until(until).await;
+        match callback.send(event).await {
+            Ok(_) => return true,
+            Err(error) => {
+                log.warn(&error.to_string());
+                if error.stop_for_good {
+                    return true;
+                }
+            }
+        }
+    }
+    false
+}
+
+/// An id without dots, as those of events are.
+pub fn event_id(job_id: &str) -> String {
+    job_id.replace('.', "-")
+}
+
+/// Events stay small: without addresses of files, which are in the row and in the answer.
+fn slim(mut output: Value) -> Value {
+    if let Some(map) = output.as_object_mut() {
+        map.remove("download_urls");
+    }
+    output
+}
+
+fn content_type(name: &str) -> &'static str {
+    match name.rsplit_once('.').map(|(_, end)| end) {
+        Some("gz") => "application/gzip",
+        Some("json") => "application/json",
+        Some("md" | "jinja" | "txt") => "text/plain",
+        _ => "application/octet-stream",
+    }
+}
+
+/// Tries again what may pass, for `patience`.
+///
+/// # Errors
+/// The last one.
+pub async fn patiently<T>(
+    patience: Duration,
+    cancel: &Cancel,
+    mut attempt: impl AsyncFnMut() -> Result<T, ServiceError>,
+) -> Result<T, ServiceError> {
+    let deadline = tokio::time::Instant::now() + patience;
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+    loop {
+        let error = match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let wait = backoff.next(error.retry_after);
+        let is_over = tokio::time::Instant::now() + wait > deadline;
+        if !error.retryable || is_over || cancel.or(tokio::time::sleep(wait)).await.is_err() {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The training of a job: its process watched, its events told, its end taken.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+
+use super::cancel::{Ends, Reason};
+use super::child::{Ending, Line, Trainer};
+use super::context::Context;
+use super::gpu::Gpu;
+use super::log::Log;
+use super::report::Reports;
+use crate::train::events::Event;
+
+/// Time that a step and a checkpoint may take after the trainer is asked to stop.
+const GRACE: Duration = Duration::from_mins(2);
+/// What is left of a job's time when it is stopped, to save and to say so.
+const BEFORE_DEADLINE: Duration = Duration::from_mins(1);
+
+/// What a run is told from outside.
+#[derive(Debug, Clone)]
+pub struct Signals {
+    /// Ends it.
+    pub ends: Ends,
+    /// Changes where a checkpoint is wanted at once.
+    pub saves: watch::Receiver<u64>,
+    /// When the job's time is over.
+    pub deadline: Option<Instant>,
+}
+
+/// A run's end, and what it took.
+#[derive(Debug)]
+pub struct Ran {
+    /// How it ended.
+    pub ending: Ending,
+    /// Seconds of training, of earlier attempts too.
+    pub training_s: f64,
+    /// Epochs done.
+    pub epochs: f64,
+    /// Notes that the application should see.
+    pub warnings: Vec<String>,
+}
+
+/// Runs the trainer on `config`, whose output goes to `output_dir`.
+///
+/// # Errors
+/// Those of the operating system.
+pub async fn run(
+    context: &Context,
+    config: &Path,
+    output_dir: &Path,
+    reports: &Reports,
+    signals: &Signals,
+    log: &Log,
+) -> std::io::Result<Ran> {
+    let mut trainer = Trainer::start(&context.exe, config, output_dir, log).await?;
+    let gpu = Gpu::open();
+    let mut ran = Ran {
+        ending: Ending::Stopped { completed: 0 },
+        training_s: 0.0,
+        epochs: 0.0,
+        warnings: Vec::new(),
+    };
+    let mut saves = signals.saves.clone();
+    saves.mark_unchanged();
+    let mut alive = Instant::now();
+    let mut kill_at: Option<Instant> = None;
+    let far = Instant::now() + Duration::from_hours(24 * 3650);
+    let stop_at = signals
+        .deadline
+        .and_then(|end| end.checked_sub(BEFORE_DEADLINE))
+        .unwrap_or(far);
+    loop {
+        tokio::select! {
+            line = trainer.next() => {
+                alive = Instant::now();
+                match line {
+                    Some(Line::Event(event)) => tell(&event, &mut ran, reports, &gpu, log),
+                    Some(Line::Ending(ending)) => {
+                        ran.ending = ending;
+                        break;
+                    }
+                    None => break,
+                }
+            }
+            () = signals.ends.cancel().cancelled(), if kill_at.is_none() => {
+                log.info("stopping the trainer after the step it is at");
+                trainer.stop();
+                kill_at = Some(Instant::now() + GRACE);
+            }
+            Ok(()) = saves.changed() => {
+                log.info("saving a checkpoint");
+                reports.change(|status| status.stage = "saving");
+                trainer.save();
+            }
+            () = sleep_until(stop_at), if kill_at.is_none() => {
+                log.warn("the job's time is nearly over");
+                signals.ends.end(Reason::Deadline);
+            }
+            () = sleep_until(kill_at.unwrap_or(far)) => {
+                log.warn("the trainer did not stop in time; it is killed");
+                trainer.kill().await;
+                kill_at = Some(far);
+            }
+            () = sleep_until(alive + context.env.watchdog) => {
+                trainer.kill().await;
+                let seconds = context.env.watchdog.as_secs();
+                ran.ending = Ending::Failed {
+                    exit_code: 1,
+                    message: format!("the trainer gave no sign for {seconds} s and was killed; its last checkpoint is kept"),
+                };
+                break;
+            }
+        }
+    }
+    // Its memory is free when it is gone.
+    if tokio::time::timeout(GRACE, trainer.wait()).await.is_err() {
+        trainer.kill().await;
+    }
+    Ok(ran)
+}
+
+fn tell(event: &Event, ran: &mut Ran, reports: &Reports, gpu: &Gpu, log: &Log) {
+    match event {
+        Event::Note { text } => {
+            log.info(text);
+            reports.change(|status| {
+                if status.total_steps == 0 {
+                    status.at("preparing", status.progress.max(15.0));
+                }
+            });
+        }
+        Event::Warning { text } => {
+            log.warn(text);
+            ran.warnings.push(log.redact(text));
+        }
+        Event::Started {
+            completed,
+            total_steps,
+        } => {
+            log.info(&format!(
+                "training: {total_steps} steps, {completed} done before"
+            ));
+            reports.change(|status| status.started(*completed, *total_steps));
+        }
+        Event::Step(step) => {
+            ran.training_s = step.elapsed_s;
+            ran.epochs = step.epoch;
+            let utilization = gpu.utilization();
+            reports.change(|status| {
+                status.step(step);
+                status.metrics.gpu_utilization = utilization.or(status.metrics.gpu_utilization);
+            });
+            log.debug(&format!("step {}: loss {:.4}", step.step, step.loss));
+        }
+        Event::Saved { path } => {
+            log.info(&format!("saved {}", path.display()));
+            reports.change(|status| status.stage = "training");
+        }
+        Event::Exported { .. } => reports.change(|status| status.at("saving", 95.0)),
+    }
+}

@@ -1,0 +1,189 @@
+//! What outlives the worker: one directory for each job, below `BRIGHTRUN_STATE_DIR`.
+//!
+//! ```text
+//! jobs/<job_id>/attempts.json   how often it was begun, and how far it got
+//!               lease.json      which worker is at it
+//!               dataset.jsonl   what it trains on
+//!               train.yml       its settings
+//!               run/            checkpoints, metrics, adapter
+//!               delivery.json   what is trained and how much of it is delivered: the outbox
+//!               result.json     what was answered
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::durable::Durable;
+use crate::error::{Error, Result};
+
+/// The state directory.
+#[derive(Debug, Clone)]
+pub struct State {
+    root: PathBuf,
+}
+
+/// A job's directory.
+#[derive(Debug, Clone)]
+pub struct JobDir {
+    dir: PathBuf,
+}
+
+/// How often a job was begun without getting further.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempts {
+    /// Times since it last got further.
+    pub count: u32,
+    /// All times.
+    pub total: u32,
+    /// Newest checkpoint when it was last begun.
+    pub step: u64,
+}
+
+/// A result as it was answered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Body of the answer.
+    pub body: Value,
+}
+
+impl State {
+    /// The state below `root`, which is made.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(root: &Path) -> Result<Self> {
+        fs_err::create_dir_all(root.join("jobs"))?;
+        let root = root.to_owned();
+        Ok(Self { root })
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of job `id`, which is safe as a file name; it is made.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn job(&self, id: &str) -> Result<JobDir> {
+        let dir = self.root.join("jobs").join(id);
+        fs_err::create_dir_all(&dir)?;
+        Ok(JobDir { dir })
+    }
+
+    /// All jobs there are, by id.
+    pub fn jobs(&self) -> Vec<(String, JobDir)> {
+        let entries = fs_err::read_dir(self.root.join("jobs"))
+            .into_iter()
+            .flatten();
+        let one = |entry: std::io::Result<fs_err::DirEntry>| {
+            let entry = entry.ok()?;
+            let id = entry.file_name().into_string().ok()?;
+            entry
+                .path()
+                .is_dir()
+                .then(|| (id, JobDir { dir: entry.path() }))
+        };
+        let mut jobs: Vec<_> = entries.filter_map(one).collect();
+        jobs.sort_by(|a, b| a.0.cmp(&b.0));
+        jobs
+    }
+}
+
+impl JobDir {
+    /// A file or directory of it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Reads a file of it; `None` where it is not there or not whole.
+    pub fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        let bytes = fs_err::read(self.path(name)).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Writes a file of it, at once and to the disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+        let path = self.path(name);
+        let text = serde_json::to_vec_pretty(value);
+        let text = text.map_err(|error| Error::format(&path, error.to_string()))?;
+        Durable::default().replace(&path, &text)
+    }
+
+    /// What was answered.
+    pub fn result(&self) -> Option<Stored> {
+        self.read("result.json")
+    }
+
+    /// Counts a beginning. What got further than the last time begins to count anew.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn begin(&self) -> Result<Attempts> {
+        let before: Attempts = self.read("attempts.json").unwrap_or_default();
+        let step = self.newest_checkpoint();
+        let now = Attempts {
+            count: if step > before.step {
+                1
+            } else {
+                before.count + 1
+            },
+            total: before.total + 1,
+            step,
+        };
+        self.write("attempts.json", &now)?;
+        Ok(now)
+    }
+
+    /// Step of the newest checkpoint; 0 without one.
+    pub fn newest_checkpoint(&self) -> u64 {
+        let entries = fs_err::read_dir(self.path("run/checkpoints"))
+            .into_iter()
+            .flatten();
+        let steps = entries.filter_map(|entry| {
+            let name = entry.ok()?.file_name().into_string().ok()?;
+            name.strip_prefix("step-")?.parse().ok()
+        });
+        steps.max().unwrap_or(0)
+    }
+
+    /// Removes what only the training needs, once it is delivered: data, checkpoints, archive. Adapter, metrics and result stay.
+    pub fn tidy(&self) {
+        for name in ["dataset.jsonl", "adapter.tar.gz", "upload.json"] {
+            let _ = fs_err::remove_file(self.path(name));
+        }
+        let _ = fs_err::remove_dir_all(self.path("run/checkpoints"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_count_until_a_job_gets_further() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = State::open(dir.path()).unwrap().job("j1").unwrap();
+        assert_eq!(job.begin().unwrap().count, 1);
+        assert_eq!(job.begin().unwrap().count, 2);
+        fs_err::create_dir_all(job.path("run/checkpoints/step-4")).unwrap();
+        let further = job.begin().unwrap();
+        assert_eq!((further.count, further.total, further.step), (1, 3, 4));
+        assert_eq!(job.begin().unwrap().count, 2);
+    }
+
+    #[test]
+    fn half_a_file_is_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = State::open(dir.path()).unwrap().job("j1").unwrap();
+        fs_err::write(job.path("result.json"), "{\"body\": {\"out").unwrap();
+        assert_eq!(job.result(), None);
+    }
+}

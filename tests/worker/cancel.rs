@@ -1,0 +1,90 @@
+//! A job is ended in each of its phases.
+
+use brightrun::sim::{Action, Fault, Route, Status};
+use serde_json::json;
+
+use super::harness::Deployment;
+
+/// A job that runs long enough to be ended.
+const LONG: u32 = 8;
+
+fn is_kept(deployment: &Deployment, id: &str) -> bool {
+    let dir = deployment.path(&format!("volume/brightrun/jobs/{id}/run/checkpoints"));
+    fs_err::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+#[test]
+fn the_platform_stops_a_job_and_hears_nothing_more_of_it() {
+    let mut deployment = Deployment::new();
+    let (body, id) = deployment.job(11, LONG);
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    let worker = deployment.worker();
+    deployment.until_step(&id, 2);
+    deployment.sim.cancel(&runpod_id);
+    deployment.until("the stop", || worker.said().contains("Job stopped."));
+    assert_eq!(deployment.sim.status(&runpod_id), Some(Status::Cancelled));
+    assert!(is_kept(&deployment, &id));
+    assert!(deployment.sim.objects().is_empty());
+    assert_ne!(deployment.row(&id)["status"], "completed");
+    // The worker is there for the next one, which goes on from the checkpoint.
+    let again = deployment.sim.submit(deployment.body(&id, LONG)).unwrap();
+    deployment.completed(&again);
+    assert!(worker.said().contains("going on after step"));
+    assert_eq!(deployment.sim.deploys(), 1);
+    deployment.check_manners();
+}
+
+#[test]
+fn the_row_and_the_callback_cancel_a_job() {
+    for (number, by_row) in [(12, true), (13, false)] {
+        let mut deployment = Deployment::new();
+        let (mut body, id) = deployment.job(number, LONG);
+        if !by_row {
+            body["input"]["callback_url"] = json!(deployment.sim.callback_url("app"));
+        }
+        let runpod_id = deployment.sim.submit(body).unwrap();
+        let _worker = deployment.worker();
+        deployment.until_step(&id, 2);
+        if by_row {
+            let cancelled = json!({"status": "cancelled"});
+            deployment
+                .sim
+                .update_rows(super::harness::TABLE, &format!("id=eq.{id}"), &cancelled)
+                .unwrap();
+        } else {
+            deployment
+                .sim
+                .script_callbacks("app", [(200, json!({"cancel": true}))]);
+        }
+        let document = deployment.completed(&runpod_id);
+        assert_eq!(
+            document["output"],
+            json!({"status": "cancelled", "job_id": id})
+        );
+        assert!(is_kept(&deployment, &id));
+        assert!(deployment.sim.objects().is_empty());
+        if by_row {
+            assert_eq!(deployment.row(&id)["status"], "cancelled");
+        }
+        deployment.check_manners();
+    }
+}
+
+#[test]
+fn a_job_is_ended_while_it_downloads_and_while_it_uploads() {
+    for (number, route) in [(14, Route::Files), (15, Route::Storage)] {
+        let mut deployment = Deployment::new();
+        deployment
+            .sim
+            .add_fault(Fault::next(route, 1, Action::Hang));
+        let (body, id) = deployment.job(number, 1);
+        let runpod_id = deployment.sim.submit(body).unwrap();
+        let worker = deployment.worker();
+        deployment.until("the phase", || deployment.sim.count(route) > 0);
+        deployment.sim.cancel(&runpod_id);
+        deployment.until("the stop", || worker.said().contains("Job stopped."));
+        assert_ne!(deployment.row(&id)["status"], "completed");
+        assert_eq!(deployment.sim.deploys(), 0);
+        deployment.check_manners();
+    }
+}
