@@ -339,11 +339,12 @@ fn what_is_left_of_old_jobs_is_removed() {
     let runpod_id = deployment.sim.submit(body).unwrap();
     let worker = deployment.worker();
     deployment.completed(&runpod_id);
-    deployment.until("the end", || worker.is_over());
-    drop(worker);
     let dir = deployment.path(&format!("volume/brightrun/jobs/{id}"));
+    deployment.until("what only the training needs to be gone", || {
+        !dir.join("run/checkpoints").exists() && !dir.join("dataset.jsonl").exists()
+    });
+    drop(worker);
     assert!(dir.join("run/adapter/adapter_model.safetensors").is_file());
-    assert!(!dir.join("run/checkpoints").exists() && !dir.join("dataset.jsonl").exists());
     let worker = deployment.worker_with(&[("BRIGHTRUN_KEEP_DAYS", "1")]);
     let takes = deployment.sim.count(Route::Take);
     deployment.until("a take", || deployment.sim.count(Route::Take) > takes + 2);
