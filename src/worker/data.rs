@@ -37,7 +37,9 @@ pub async fn get(
 ) -> Result<PathBuf, Error> {
     let to = dir.path(FILE);
     let is_whole = |size: u64| to.metadata().is_ok_and(|data| data.len() == size);
-    if dir.read::<u64>(FETCHED).is_some_and(is_whole) {
+    // A run goes on with the data it began with; one that has not begun gets what is there now.
+    let has_begun = dir.newest_checkpoint() > 0;
+    if has_begun && dir.read::<u64>(FETCHED).is_some_and(is_whole) {
         log.info("the data set is here already");
         return Ok(to);
     }

@@ -57,6 +57,9 @@ pub struct Trained {
     pub tokens_per_s: Option<f64>,
     /// What the application should know.
     pub warnings: Vec<String>,
+    /// What was trained on and how: what was skipped, folded, truncated.
+    #[serde(default)]
+    pub report: Vec<String>,
 }
 
 /// A delivery under way.
@@ -90,6 +93,9 @@ pub struct Delivery {
     pub posted: bool,
     /// The callback has the news, or cannot be had.
     pub told: bool,
+    /// The job was ended while it was delivered: it goes on only where the same job is given again.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 /// Why a delivery does not go on now.
@@ -328,6 +334,7 @@ impl Delivery {
                 "train_duration_minutes": trained.training_s / 60.0,
             },
             "warnings": trained.warnings,
+            "report": trained.report,
         })
     }
 

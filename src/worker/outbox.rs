@@ -7,7 +7,9 @@ use super::context::Context;
 use super::deliver::{self, Delivery, Stuck};
 use super::net::Canceller;
 use super::platform::Posted;
+use super::state::JobDir;
 use super::upstream::Upstream;
+use crate::durable::Durable;
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_mins(1);
@@ -23,10 +25,14 @@ pub async fn tend(context: &Context, upstream: &Upstream) -> Infallible {
 /// Delivers what could not be delivered before, where nobody else is at it.
 async fn empty(context: &Context, upstream: &Upstream) {
     for (id, dir) in context.state.jobs() {
-        let Some(delivery) = dir
-            .read::<Delivery>(deliver::FILE)
-            .filter(|delivery| !delivery.is_done())
-        else {
+        let pending = || {
+            let delivery: Delivery = dir.read(deliver::FILE)?;
+            (!delivery.is_done() && !delivery.stopped).then_some(delivery)
+        };
+        let Some(delivery) = pending() else {
+            if dir.is_older_than(context.env.keep) {
+                forget(context, &id, &dir).await;
+            }
             continue;
         };
         let log = context.log.of_job(&delivery.runpod_id);
@@ -34,10 +40,13 @@ async fn empty(context: &Context, upstream: &Upstream) {
         let Ok(Some(lease)) = context.holder.acquire(&dir, &log, &lost).await else {
             continue;
         };
+        // As the last holder left it.
+        let Some(mut delivery) = pending() else {
+            continue;
+        };
         log.info(&format!(
-            "delivering the adapter of job {id}, which an earlier worker trained"
+            "delivering the adapter of job {id}, which was trained before"
         ));
-        let mut delivery = delivery;
         let mut delivered = delivery.bring(context, &dir, &log, &was_lost).await;
         if delivered.is_ok() {
             delivered = delivery.conclude(context, &dir, &log, &was_lost).await;
@@ -73,5 +82,20 @@ async fn empty(context: &Context, upstream: &Upstream) {
             dir.tidy();
         }
         drop(lease);
+    }
+}
+
+/// Removes what is left of a job that is over, so that the volume does not fill.
+async fn forget(context: &Context, id: &str, dir: &JobDir) {
+    let (lost, _) = Canceller::new();
+    let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost).await else {
+        return;
+    };
+    drop(lease);
+    context
+        .log
+        .info(&format!("removing what is left of job {id}"));
+    if let Err(error) = Durable::default().remove_dir(&dir.path("")) {
+        context.log.warn(&error.to_string());
     }
 }

@@ -100,6 +100,8 @@ async fn take_jobs(
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
     let mut end = End::Drained;
     while !drain.draining.is_cancelled() {
+        // What was to be stopped is over; the same job may come again.
+        while stopped.try_recv().is_ok() {}
         let asked = Instant::now();
         let Ok(take) = drain.draining.or(platform.take(false)).await else {
             break;

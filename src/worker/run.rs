@@ -19,6 +19,9 @@ const GRACE: Duration = Duration::from_mins(2);
 /// What is left of a job's time when it is stopped, to save and to say so.
 const BEFORE_DEADLINE: Duration = Duration::from_mins(1);
 
+/// Notes of a run that are kept for the answer.
+const MAX_NOTES: usize = 40;
+
 /// What a run is told from outside.
 #[derive(Debug, Clone)]
 pub struct Signals {
@@ -39,8 +42,10 @@ pub struct Ran {
     pub training_s: f64,
     /// Epochs done.
     pub epochs: f64,
-    /// Notes that the application should see.
+    /// What the application should know.
     pub warnings: Vec<String>,
+    /// What was trained on and how.
+    pub report: Vec<String>,
 }
 
 /// Runs the trainer on `config`, whose output goes to `output_dir`.
@@ -62,6 +67,7 @@ pub async fn run(
         training_s: 0.0,
         epochs: 0.0,
         warnings: Vec::new(),
+        report: Vec::new(),
     };
     let mut saves = signals.saves.clone();
     saves.mark_unchanged();
@@ -126,6 +132,9 @@ fn tell(event: &Event, ran: &mut Ran, reports: &Reports, gpu: &Gpu, log: &Log) {
     match event {
         Event::Note { text } => {
             log.info(text);
+            if ran.report.len() < MAX_NOTES {
+                ran.report.push(log.redact(text));
+            }
             reports.change(|status| {
                 if status.total_steps == 0 {
                     status.at("preparing", status.progress.max(15.0));

@@ -11,6 +11,7 @@
 //! ```
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -83,6 +84,9 @@ impl State {
         let one = |entry: std::io::Result<fs_err::DirEntry>| {
             let entry = entry.ok()?;
             let id = entry.file_name().into_string().ok()?;
+            if id.starts_with('.') {
+                return None;
+            }
             entry
                 .path()
                 .is_dir()
@@ -152,6 +156,20 @@ impl JobDir {
             name.strip_prefix("step-")?.parse().ok()
         });
         steps.max().unwrap_or(0)
+    }
+
+    /// Whether nothing of it was written for `age`.
+    pub fn is_older_than(&self, age: Duration) -> bool {
+        let names = [
+            "attempts.json",
+            "delivery.json",
+            "result.json",
+            "lease.json",
+            "",
+        ];
+        let written = |name: &&str| self.path(name).metadata().ok()?.modified().ok();
+        let newest = names.iter().filter_map(written).max();
+        newest.is_some_and(|at| at.elapsed().is_ok_and(|since| since > age))
     }
 
     /// Removes what only the training needs, once it is delivered: data, checkpoints, archive. Adapter, metrics and result stay.

@@ -27,6 +27,9 @@ use crate::durable::Durable;
 
 /// Output of a run, in a job's directory.
 const OUTPUT: &str = "run";
+/// Said of a job that is stopped shortly before the platform would.
+const OUT_OF_TIME: &str = "the job's time (policy.executionTimeout) was nearly over; its checkpoint is kept, and the same job_id sent \
+     again with a longer time goes on there";
 
 /// Why a job has no adapter.
 #[derive(Debug)]
@@ -133,6 +136,7 @@ impl Work<'_> {
             Some(mut delivery) => {
                 self.log
                     .info("this job was trained before; its delivery goes on");
+                delivery.stopped = false;
                 delivery.runpod_id.clone_from(&self.attempt.taken.id);
                 Ok(delivery)
             }
@@ -157,6 +161,9 @@ impl Work<'_> {
                         .await;
                 }
                 (Answer::Body(delivery.body()), Some(delivery))
+            }
+            Err(Failure::Ended(Reason::Deadline)) => {
+                (self.failed(OUT_OF_TIME, status, row.as_ref()).await, None)
             }
             Err(Failure::Ended(reason)) => {
                 self.tell_end("training.cancelled", &status).await;
@@ -301,6 +308,7 @@ impl Work<'_> {
             training_s,
             epochs,
             warnings,
+            report,
         } = ran;
         let (adapter, steps, final_loss, eval_loss): (PathBuf, _, _, _) = match ending {
             Ending::Finished {
@@ -345,6 +353,7 @@ impl Work<'_> {
                 training_s,
                 tokens_per_s: status.metrics.throughput,
                 warnings: all,
+                report,
             },
             begun: self.begun,
             finished: unix_seconds(),
@@ -354,6 +363,7 @@ impl Work<'_> {
             row_written: false,
             posted: false,
             told: false,
+            stopped: false,
         };
         delivery.save(&self.dir).map_err(Failure::Failed)?;
         Ok(delivery)
@@ -365,7 +375,7 @@ impl Work<'_> {
         let cancel = ends.cancel();
         match delivery.bring(context, &self.dir, &self.log, cancel).await {
             Ok(()) => Ok(delivery),
-            Err(stuck) => Err(self.stuck(stuck)),
+            Err(stuck) => Err(self.stuck(delivery, stuck)),
         }
     }
 
@@ -377,15 +387,30 @@ impl Work<'_> {
             .await
         {
             Ok(()) => {
-                delivery.store(&self.dir).map_err(Failure::Failed)?;
+                // Everybody has it then, though a later start could not tell.
+                if let Err(error) = delivery.store(&self.dir) {
+                    self.log.warn(&error);
+                }
                 Ok(delivery)
             }
-            Err(stuck) => Err(self.stuck(stuck)),
+            Err(stuck) => Err(self.stuck(delivery, stuck)),
         }
     }
 
-    fn stuck(&self, stuck: Stuck) -> Failure {
-        match (stuck, self.attempt.ends.reason()) {
+    /// Why a delivery does not go on; one that nobody wants any more is left until the job is given again.
+    fn stuck(&self, mut delivery: Delivery, stuck: Stuck) -> Failure {
+        let reason = self.attempt.ends.reason();
+        delivery.stopped = match reason {
+            Some(Reason::JobStop | Reason::Row | Reason::Callback) => true,
+            Some(Reason::LostLease | Reason::Shutdown | Reason::Deadline) => false,
+            None => stuck == Stuck::Cancelled,
+        };
+        if delivery.stopped
+            && let Err(error) = delivery.save(&self.dir)
+        {
+            self.log.warn(&error);
+        }
+        match (stuck, reason) {
             (_, Some(reason)) => Failure::Ended(reason),
             (Stuck::Cancelled, None) => Failure::Ended(Reason::Row),
             (Stuck::Kept(reason), None) => Failure::Failed(format!(
@@ -402,14 +427,10 @@ impl Work<'_> {
                 self.log.info("Job stopped.");
                 Answer::Nothing
             }
-            Reason::LostLease | Reason::Shutdown => Answer::Nothing,
+            Reason::LostLease | Reason::Shutdown | Reason::Deadline => Answer::Nothing,
             Reason::Row | Reason::Callback => {
                 Answer::Body(json!({"output": {"status": "cancelled", "job_id": self.job.id}}))
             }
-            Reason::Deadline => Answer::Body(json!({
-                "error": "the job's time (policy.executionTimeout) was nearly over; its checkpoint is kept, and the same job_id sent \
-                          again with a longer time goes on there",
-            })),
         }
     }
 

@@ -83,8 +83,20 @@ fn a_job_is_ended_while_it_downloads_and_while_it_uploads() {
         deployment.until("the phase", || deployment.sim.count(route) > 0);
         deployment.sim.cancel(&runpod_id);
         deployment.until("the stop", || worker.said().contains("Job stopped."));
+        drop(worker);
+        // Nor does the next start deliver what nobody wants any more.
+        let takes = deployment.sim.count(Route::Take);
+        let next = deployment.worker();
+        deployment.until("the next worker", || {
+            deployment.sim.count(Route::Take) > takes + 3
+        });
         assert_ne!(deployment.row(&id)["status"], "completed");
         assert_eq!(deployment.sim.deploys(), 0);
+        assert!(!next.said().contains("delivering"));
+        // Given again it goes on.
+        let again = deployment.sim.submit(deployment.body(&id, 1)).unwrap();
+        deployment.completed(&again);
+        assert_eq!(deployment.sim.deploys(), 1);
         deployment.check_manners();
     }
 }

@@ -308,3 +308,49 @@ fn a_job_that_gets_nowhere_is_given_up() {
         "{document:#}"
     );
 }
+
+#[test]
+fn a_job_is_stopped_before_its_time_is_over() {
+    let mut deployment = Deployment::new();
+    let (mut body, id) = deployment.job(38, 20);
+    body["policy"] = json!({"executionTimeout": 63_000});
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    let worker = deployment.worker();
+    let document = deployment.ended(&runpod_id);
+    assert_eq!(document["status"], "FAILED", "{document:#}");
+    assert!(
+        document["error"]
+            .as_str()
+            .unwrap()
+            .contains("executionTimeout")
+    );
+    assert_eq!(deployment.row(&id)["status"], "failed");
+    let again = deployment.sim.submit(deployment.body(&id, 20)).unwrap();
+    deployment.completed(&again);
+    assert!(worker.said().contains("going on after step"));
+    assert_eq!(deployment.sim.deploys(), 1);
+    deployment.check_manners();
+}
+
+#[test]
+fn what_is_left_of_old_jobs_is_removed() {
+    let mut deployment = Deployment::new();
+    let (body, id) = deployment.job(39, 1);
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    let worker = deployment.worker();
+    deployment.completed(&runpod_id);
+    let dir = deployment.path(&format!("volume/brightrun/jobs/{id}"));
+    deployment.until("what only the training needs to be gone", || {
+        !dir.join("run/checkpoints").exists() && !dir.join("dataset.jsonl").exists()
+    });
+    drop(worker);
+    assert!(dir.join("run/adapter/adapter_model.safetensors").is_file());
+    let worker = deployment.worker_with(&[("BRIGHTRUN_KEEP_DAYS", "1")]);
+    let takes = deployment.sim.count(Route::Take);
+    deployment.until("a take", || deployment.sim.count(Route::Take) > takes + 2);
+    assert!(dir.is_dir());
+    drop(worker);
+    std::thread::sleep(Duration::from_secs(1));
+    let _worker = deployment.worker_with(&[("BRIGHTRUN_KEEP_DAYS", "0.00001")]);
+    deployment.until("its removal", || !dir.exists());
+}

@@ -67,6 +67,8 @@ pub struct WorkerEnv {
     pub max_dataset_bytes: u64,
     /// `BRIGHTRUN_MAX_ATTEMPTS`: times a job is begun without getting further; 5 where it is absent.
     pub max_attempts: u32,
+    /// `BRIGHTRUN_KEEP_DAYS`: days after which what is left of a job is removed; 7 where it is absent.
+    pub keep: Duration,
     /// `BRIGHTRUN_REPORT_S`: seconds between reports of progress; 5 where it is absent.
     pub report: Duration,
     /// `BRIGHTRUN_LEASE_S`: seconds after which a worker that does not renew its hold on a job has lost it; 60 where absent.
@@ -125,6 +127,9 @@ impl WorkerEnv {
             max_attempts: integer("BRIGHTRUN_MAX_ATTEMPTS")
                 .and_then(|count| u32::try_from(count).ok())
                 .unwrap_or(5),
+            keep: number("BRIGHTRUN_KEEP_DAYS")
+                .and_then(|days| Duration::try_from_secs_f64(86_400.0 * days).ok())
+                .unwrap_or(Duration::from_hours(7 * 24)),
             report: seconds("BRIGHTRUN_REPORT_S", 5),
             lease: seconds("BRIGHTRUN_LEASE_S", 60),
             retry: seconds("BRIGHTRUN_RETRY_S", 900),
