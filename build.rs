@@ -22,6 +22,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// What ptxas is told: resources are reported, a spill is a warning.
+const WARN_SPILLS: &str = "-v,-warn-spills";
+
+/// Architectures on which no kernel may spill.
+const TUNED_ARCHS: [&str; 2] = ["80", "90a"];
+
 /// How nvcc is called.
 const NVCC_FLAGS: [&str; 11] = [
     "-std=c++17",
@@ -30,7 +36,7 @@ const NVCC_FLAGS: [&str; 11] = [
     "-Werror",
     "all-warnings",
     "-Xptxas",
-    "-v,-warn-spills",
+    WARN_SPILLS,
     "-Ikernels",
     "-fatbin",
     // A fifth of the size, unpacked by the driver when it is loaded.
@@ -302,7 +308,14 @@ fn toolkit_version(nvcc: &Path) -> Result<(u32, u32)> {
 /// Compiles one file for all of `archs`; what ptxas says of it.
 fn compile_fatbin(nvcc: &Path, archs: &str, path: &Path, fatbin: &Path) -> Result<String> {
     let mut command = Command::new(nvcc);
-    command.args(NVCC_FLAGS);
+    // Registers are shared out for the architectures that are tuned; on others a few bytes may spill.
+    let is_tuned = archs
+        .split(',')
+        .all(|arch| TUNED_ARCHS.contains(&arch.trim()));
+    command.args(NVCC_FLAGS.map(|flag| match flag {
+        WARN_SPILLS if !is_tuned => "-v",
+        flag => flag,
+    }));
     for arch in archs.split(',').map(str::trim) {
         command
             .arg("-gencode")
