@@ -67,7 +67,7 @@ const MAY_NAME: [(&str, &[&str]); 18] = [
             "error", "durable", "config", "data", "store", "plan", "train", "export",
         ],
     ),
-    ("sim", &[]),
+    ("sim", &["data"]),
     ("lib", &[]),
 ];
 

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest, Sha256};
 
+use crate::data::calendar::Date;
+
 /// Seconds since 1970, with fraction.
 pub(super) fn since_epoch() -> Duration {
     SystemTime::now()
@@ -14,29 +16,12 @@ pub(super) fn since_epoch() -> Duration {
 
 /// `2026-01-10T12:00:00.123+00:00` of a time since 1970.
 pub(super) fn iso8601(time: Duration) -> String {
-    let [year, month, day] = civil(time.as_secs() / 86_400);
+    let days = u32::try_from(time.as_secs() / 86_400).unwrap_or(0);
+    let (year, month, day) = Date::from_days(days).civil();
     let second = time.as_secs() % 86_400;
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     let millis = time.subsec_millis();
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}+00:00")
-}
-
-/// Year, month and day of a count of days since 1970-01-01, proleptic Gregorian.
-fn civil(days: u64) -> [u64; 3] {
-    // Years begin in March here, so that the leap day is the last one.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 {
-        shifted + 3
-    } else {
-        shifted - 9
-    };
-    [era * 400 + year_of_era + u64::from(month <= 2), month, day]
 }
 
 /// A new UUID, unique in this process and unlikely to repeat elsewhere.

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::data::calendar::Date;
+
 const SECONDS_PER_DAY: u64 = 86_400;
 const MONTHS: [&str; 12] = [
     "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
@@ -16,7 +18,8 @@ pub fn unix_seconds() -> u64 {
 
 /// `2026-11-28T12:44:07Z`.
 pub fn iso8601(unix_seconds: u64) -> String {
-    let (year, month, day) = civil(unix_seconds / SECONDS_PER_DAY);
+    let days = u32::try_from(unix_seconds / SECONDS_PER_DAY).unwrap_or(0);
+    let (year, month, day) = Date::from_days(days).civil();
     let of_day = unix_seconds % SECONDS_PER_DAY;
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
@@ -56,26 +59,7 @@ fn http_date(text: &str) -> Option<u64> {
     Some(days * SECONDS_PER_DAY + of_day)
 }
 
-/// Gregorian year, month (1..=12) and day (1..=31) of a day since 1970-01-01. Years begin in March inside, so that the
-/// leap day is the last.
-fn civil(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468;
-    let era = days / 146_097;
-    let day_of_era = days % 146_097;
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
-    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
-}
-
-/// The inverse of [`civil`], for days from 1970-01-01 to the year 9999.
+/// The inverse of [`Date::civil`], for days from 1970-01-01 to the year 9999.
 fn days_from_civil(year: u64, month: u64, day: u64) -> Option<u64> {
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
@@ -98,9 +82,10 @@ mod tests {
         assert_eq!(iso8601(0), "1970-01-01T00:00:00Z");
         assert_eq!(iso8601(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(iso8601(1_614_265_330), "2021-02-25T15:02:10Z");
-        for days in 0..100_000 {
-            let (year, month, day) = civil(days);
-            assert_eq!(days_from_civil(year, month, day), Some(days));
+        for days in 0..100_000_u32 {
+            let (year, month, day) = Date::from_days(days).civil();
+            let back = days_from_civil(u64::from(year), month as u64, u64::from(day));
+            assert_eq!(back, Some(u64::from(days)));
         }
     }
 
