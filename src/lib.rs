@@ -14,6 +14,7 @@ pub mod data;
 pub mod durable;
 pub mod error;
 pub mod export;
+pub mod hex;
 pub mod model;
 pub mod ops;
 pub mod plan;

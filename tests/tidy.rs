@@ -10,9 +10,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 18] = [
+const MAY_NAME: [(&str, &[&str]); 19] = [
     ("error", &[]),
     ("random", &[]),
+    ("hex", &[]),
     ("durable", &["error"]),
     ("tensor", &["error"]),
     ("config", &["error"]),
@@ -64,10 +65,10 @@ const MAY_NAME: [(&str, &[&str]); 18] = [
     (
         "worker",
         &[
-            "error", "durable", "config", "data", "store", "plan", "train", "export",
+            "error", "durable", "config", "data", "store", "plan", "train", "export", "hex",
         ],
     ),
-    ("sim", &["data"]),
+    ("sim", &["data", "hex"]),
     ("lib", &[]),
 ];
 

@@ -9,10 +9,11 @@ use brightrun::config::{Env, Secret, WorkerEnv};
 use brightrun::error::{Error, Result};
 use brightrun::worker::context::Context;
 use brightrun::worker::log::{Level, Log};
+use brightrun::worker::net::Cancel;
 use brightrun::worker::ping::{self, InProgress};
 use brightrun::worker::platform::Platform;
 use brightrun::worker::preflight::{self, Verdict, Wishes};
-use brightrun::worker::queue::{self, Drain, End};
+use brightrun::worker::queue::{self, End};
 use brightrun::worker::{fitness, local};
 use serde_json::{Value, json};
 
@@ -105,27 +106,27 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
     let env = WorkerEnv::from_process();
     let unnamed = || format!("worker-{}", std::process::id());
     let worker_id = env.runpod.pod_id.clone().unwrap_or_else(unnamed);
-    let context = Arc::new(context(&env, arguments.log_level.as_deref(), &worker_id)?);
+    let context = context(&env, arguments.log_level.as_deref(), &worker_id)?;
     context.log.info(&format!(
         "--- Starting Serverless Worker |  Version {} ---",
         env!("CARGO_PKG_VERSION")
     ));
     runtime()?.block_on(async {
-        let drain = queue::listen(&context)?;
+        let draining = queue::listen(&context)?;
         if arguments.serve {
             let address = address(&arguments.host, arguments.port)?;
             let told =
                 |address: SocketAddr| context.log.info(&format!("serving on http://{address}"));
-            local::serve(&context, address, &drain, told).await?;
+            local::serve(&context, address, &draining, told).await?;
             return Ok(ExitCode::SUCCESS);
         }
         let queue =
             Platform::new(&env.runpod, &worker_id).map_err(|reason| bad("environment", reason))?;
         match (&arguments.test_input, queue) {
-            (None, Some(platform)) => Ok(serve_queue(&context, &platform, &drain).await),
-            (Some(text), _) => once(&context, text, &drain).await,
+            (None, Some(platform)) => Ok(serve_queue(&context, &platform, &draining).await),
+            (Some(text), _) => once(&context, text, &draining).await,
             (None, None) if Path::new(TEST_INPUT).is_file() => {
-                once(&context, &fs_err::read_to_string(TEST_INPUT)?, &drain).await
+                once(&context, &fs_err::read_to_string(TEST_INPUT)?, &draining).await
             }
             (None, None) => {
                 context.log.warn("test_input.json not found, exiting.");
@@ -135,7 +136,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
     })
 }
 
-async fn serve_queue(context: &Arc<Context>, platform: &Platform, drain: &Drain) -> ExitCode {
+async fn serve_queue(context: &Context, platform: &Platform, draining: &Cancel) -> ExitCode {
     let env = &context.env.runpod;
     if !env.skip_checks
         && let Err(unfit) = fitness::check(context).await
@@ -147,18 +148,18 @@ async fn serve_queue(context: &Arc<Context>, platform: &Platform, drain: &Drain)
     }
     let jobs = InProgress::default();
     ping::start(env, &platform.worker_id, &jobs, &context.log);
-    match queue::run(context, platform, &jobs, drain).await {
+    match queue::run(context, platform, &jobs, draining).await {
         End::Drained => ExitCode::SUCCESS,
         End::Refused => ExitCode::FAILURE,
     }
 }
 
 /// Runs one job and prints its answer.
-async fn once(context: &Context, text: &str, drain: &Drain) -> Result<ExitCode> {
+async fn once(context: &Context, text: &str, draining: &Cancel) -> Result<ExitCode> {
     let job: Value = serde_json::from_str(text)
         .map_err(|error| bad("test input", format!("is no JSON: {error}")))?;
     let id = job["id"].as_str().unwrap_or("local_test").to_owned();
-    let body = local::one(context, &job, drain).await;
+    let body = local::one(context, &job, draining).await;
     let body = body.map_err(|reason| bad("test input", reason))?;
     print(&format!("{body:#}\n"));
     let is_good = body.is_object() && body.get("error").is_none();

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::{Advice, Place, Plan, Subject};
 use crate::train::memory::CONTEXT_BYTES;
 
-fn gb(num_bytes: u64) -> String {
+/// Bytes as people read them.
+pub(crate) fn gb(num_bytes: u64) -> String {
     match num_bytes {
         0..1_000_000_000 => format!("{:.1} MB", num_bytes as f64 / 1e6),
         _ => format!("{:.2} GB", num_bytes as f64 / 1e9),

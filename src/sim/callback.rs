@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::response::Response;
 use serde_json::{Value, json};
 
+use super::record::header_of;
 use super::server::{Call, json_reply, percent_decoded};
 
 /// One posted callback.
@@ -22,10 +23,7 @@ pub struct Callback {
 impl Callback {
     /// Value of a header, the name in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers
-            .iter()
-            .find(|(known, _)| known == name)
-            .map(|(_, value)| value.as_str())
+        header_of(&self.headers, name)
     }
 
     /// The body as JSON; null if it is none.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sha2::{Digest, Sha256};
 
 use crate::data::calendar::Date;
+use crate::hex::hex;
 
 /// Seconds since 1970, with fraction.
 pub(super) fn since_epoch() -> Duration {
@@ -42,15 +43,6 @@ pub(super) fn uuid() -> String {
         &text[17..20],
         &text[20..32]
     )
-}
-
-/// Lower-case hexadecimal digits of `bytes`.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value)]);
-    bytes
-        .iter()
-        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
-        .collect()
 }
 
 #[cfg(test)]

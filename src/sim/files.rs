@@ -11,6 +11,7 @@ use sha2::Sha256;
 use super::clock;
 use super::content::{self, Content};
 use super::server::{Call, json_reply, percent_decoded};
+use crate::hex::hex;
 
 /// The token of a link to `name` that works until `expires`, seconds since 1970.
 pub(super) fn token(key: &str, name: &str, expires: u64) -> String {
@@ -19,7 +20,7 @@ pub(super) fn token(key: &str, name: &str, expires: u64) -> String {
         return String::new();
     };
     mac.update(format!("{expires}:{name}").as_bytes());
-    clock::hex(&mac.finalize().into_bytes())
+    hex(&mac.finalize().into_bytes())
 }
 
 /// Serves a file.

@@ -32,10 +32,7 @@ pub struct Record {
 impl Record {
     /// Value of a header, the name in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers
-            .iter()
-            .find(|(known, _)| known == name)
-            .map(|(_, value)| value.as_str())
+        header_of(&self.headers, name)
     }
 
     /// The body as JSON; null if it is none.
@@ -81,4 +78,10 @@ impl Record {
             "status": self.status,
         })
     }
+}
+
+/// Value of a header among `headers`, the name in lower case.
+pub(super) fn header_of<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    let found = headers.iter().find(|(known, _)| known == name);
+    found.map(|(_, value)| value.as_str())
 }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::net::files::hex;
 use crate::durable::{Durable, partial_of};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 
 /// What every entry's name begins with.
 const FOLDER: &str = "adapter";

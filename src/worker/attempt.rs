@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::cancel::Ends;
 use super::context::Context;
 use super::deliver;
 use super::job::Job;
 use super::log::Log;
+use super::net::Cancel;
 use super::net::time::{iso8601, unix_seconds};
 use super::platform::{Posted, Taken};
 use super::row::Row;
@@ -40,8 +41,10 @@ pub struct Attempt<'a> {
     pub taken: &'a Taken,
     /// Ends it.
     pub ends: &'a Ends,
-    /// Changes where a checkpoint is wanted.
-    pub saves: watch::Receiver<u64>,
+    /// When it was taken: its time counts from here.
+    pub taken_at: Instant,
+    /// Goes up where a checkpoint is wanted at once, as the worker may end soon.
+    pub draining: Cancel,
 }
 
 impl Attempt<'_> {
@@ -126,7 +129,7 @@ pub(super) async fn settle_failed(
     let mut body = status.row();
     body.insert("completed_at".to_owned(), json!(iso8601(unix_seconds())));
     let patience = FAILURE_PATIENCE;
-    let never = super::net::Cancel::never();
+    let never = Cancel::never();
     let written = deliver::patiently(patience, &never, async || row.write(&body).await).await;
     match written {
         Err(error) => log.warn(&format!(

@@ -14,6 +14,7 @@ use super::log::Log;
 use super::net::Cancel;
 use super::net::backoff::Backoff;
 use super::net::time::{iso8601, unix_seconds};
+use super::platform::Posted;
 use super::row::{Row, Updated, is_delivered};
 use super::state::{JobDir, Stored};
 use super::status::whole;
@@ -208,18 +209,15 @@ impl Delivery {
             .is_some_and(|sealed| to.metadata().is_ok_and(|data| data.len() == sealed.bytes));
         if !is_there {
             let (dir, file) = (adapter.clone(), to.clone());
-            let packed = tokio::task::spawn_blocking(move || archive::pack(&dir, &file)).await;
-            let packed = packed.map_err(|error| kept(error.to_string()))?;
-            self.archive = Some(packed.map_err(|error| kept(error.to_string()))?);
+            let packed = aside(move || archive::pack(&dir, &file)).await;
+            self.archive = Some(packed.map_err(kept)?);
             self.save(job).map_err(kept)?;
         }
         let mut objects = Vec::new();
         let paths = archive::files(&adapter).map_err(|error| kept(error.to_string()))?;
         for path in paths {
             let of = path.clone();
-            let sealed = tokio::task::spawn_blocking(move || archive::seal(&of)).await;
-            let sealed = sealed.map_err(|error| kept(error.to_string()))?;
-            let sealed = sealed.map_err(|error| kept(error.to_string()))?;
+            let sealed = aside(move || archive::seal(&of)).await.map_err(kept)?;
             objects.push((path, self.file_path(&sealed.name), sealed));
         }
         if let Some(sealed) = &self.archive {
@@ -409,8 +407,22 @@ impl Delivery {
         row
     }
 
+    /// Notes what became of the answer, tells the callback and, where nothing is left to do, removes what only the training needed.
+    pub async fn finish(&mut self, posted: &Posted, context: &Context, job: &JobDir, log: &Log) {
+        self.posted |= matches!(posted, Posted::Accepted | Posted::Gone);
+        if !self.told {
+            self.tell(context, job, log).await;
+        }
+        if let Err(error) = self.save(job) {
+            log.warn(&error);
+        }
+        if self.is_done() {
+            job.tidy();
+        }
+    }
+
     /// Tells the callback, as long as it may still listen.
-    pub async fn tell(&mut self, context: &Context, job: &JobDir, log: &Log) {
+    async fn tell(&mut self, context: &Context, job: &JobDir, log: &Log) {
         let callback = self
             .callback_url
             .as_deref()
@@ -485,6 +497,16 @@ fn slim(mut output: Value) -> Value {
         map.remove("download_urls");
     }
     output
+}
+
+/// Does `work` on another thread: large files take their time.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> crate::error::Result<T> + Send + 'static,
+) -> Result<T, String> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 fn content_type(name: &str) -> &'static str {

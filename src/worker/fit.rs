@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::gb;
 use crate::config::model::ModelConfig;
 use crate::config::{Env, TrainConfig};
 use crate::data::Dataset;
 use crate::data::calendar::Date;
 use crate::error::{Error, Result};
+use crate::plan::gb;
 use crate::plan::{self, Place, Plan, Subject};
 use crate::store::locate::locate;
 use crate::train::Lengths;

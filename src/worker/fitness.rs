@@ -7,7 +7,6 @@ use tokio::process::Command;
 
 use super::context::Context;
 use super::gpu::Gpu;
-use super::net::files::hex;
 use super::wanted::free_bytes;
 use crate::durable::Durable;
 
@@ -53,7 +52,7 @@ fn check_state(context: &Context) -> Result<(), String> {
             MIN_FREE_BYTES as f64 / 1e9
         ));
     }
-    let probe = root.join(format!(".probe-{}", hex(&std::process::id().to_le_bytes())));
+    let probe = root.join(format!(".probe-{}", std::process::id()));
     let written = Durable::default().write(&probe, b"probe");
     let _ = fs_err::remove_file(&probe);
     written.map_err(|error| format!("the state directory cannot be written: {error}; set BRIGHTRUN_STATE_DIR to one that can"))?;

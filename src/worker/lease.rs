@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,9 +35,8 @@ struct Hold {
 #[derive(Debug)]
 pub struct Lease {
     job: JobDir,
-    holder: String,
+    holder: Holder,
     renewing: tokio::task::JoinHandle<()>,
-    lost: Arc<AtomicBool>,
     _own: Own,
 }
 
@@ -119,15 +117,13 @@ impl Holder {
         if !self.holds(job) {
             return Ok(None);
         }
-        let is_lost = Arc::new(AtomicBool::new(false));
-        let (holder, of, flag) = (self.clone(), job.clone(), Arc::clone(&is_lost));
+        let (holder, of) = (self.clone(), job.clone());
         let (log, lost) = (log.clone(), lost.clone());
         let renewing = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(holder.lasts / RENEWALS).await;
-                if !holder.holds(&of) {
+                if holder.has_lost(&of) {
                     log.error("another worker has taken over this job; this one stops");
-                    flag.store(true, Ordering::Relaxed);
                     lost.cancel();
                     return;
                 }
@@ -138,9 +134,8 @@ impl Holder {
         });
         Ok(Some(Lease {
             job: job.clone(),
-            holder: self.id.clone(),
+            holder: self.clone(),
             renewing,
-            lost: is_lost,
             _own: own,
         }))
     }
@@ -190,6 +185,12 @@ impl Holder {
             .is_some_and(|hold| hold.holder == self.id)
     }
 
+    /// Whether another holds it; a file that cannot be read just now says nothing.
+    fn has_lost(&self, job: &JobDir) -> bool {
+        job.read::<Hold>(FILE)
+            .is_some_and(|hold| hold.holder != self.id)
+    }
+
     fn write(&self, job: &JobDir) -> crate::error::Result<()> {
         let hold = Hold {
             holder: self.id.clone(),
@@ -204,11 +205,7 @@ impl Holder {
 impl Lease {
     /// Whether another worker has taken the job over.
     pub fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Relaxed)
-            || self
-                .job
-                .read::<Hold>(FILE)
-                .is_some_and(|hold| hold.holder != self.holder)
+        self.holder.has_lost(&self.job)
     }
 }
 

@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 use super::attempt::Attempt;
 use super::cancel::{Ends, Reason};
 use super::context::Context;
+use super::net::Cancel;
 use super::platform::Taken;
-use super::queue::Drain;
 use super::upstream::{Board, Upstream};
 
 /// Longest body of a request, as the platform has it.
@@ -30,34 +30,40 @@ const REMEMBERED: usize = 1000;
 ///
 /// # Errors
 /// A job without input.
-pub async fn one(context: &Context, job: &Value, drain: &Drain) -> Result<Value, String> {
+pub async fn one(context: &Context, job: &Value, draining: &Cancel) -> Result<Value, String> {
     let mut job = job.clone();
     if let Some(job) = job.as_object_mut() {
         job.entry("id").or_insert_with(|| json!("local_test"));
     }
     let taken = Taken::parse(&job).map_err(|(_, reason)| reason)?;
-    let ends = Ends::default();
-    let stop = drain.draining.clone();
-    let ended = ends.clone();
-    let watch = tokio::spawn(async move {
-        stop.cancelled().await;
-        ended.end(Reason::Shutdown);
-    });
-    let board = Board::default();
-    let body = Box::pin(run(context, &board, &taken, &ends, drain)).await;
-    watch.abort();
-    Ok(body)
+    let (board, ends) = (Board::default(), Ends::default());
+    Ok(run(context, &board, &taken, &ends, draining).await)
 }
 
-async fn run(context: &Context, board: &Board, taken: &Taken, ends: &Ends, drain: &Drain) -> Value {
+/// Runs a job; it ends where the worker drains.
+async fn run(
+    context: &Context,
+    board: &Board,
+    taken: &Taken,
+    ends: &Ends,
+    draining: &Cancel,
+) -> Value {
     let attempt = Attempt {
         context,
         upstream: &Upstream::Local(board.clone()),
         taken,
         ends,
-        saves: drain.saves.clone(),
+        taken_at: tokio::time::Instant::now(),
+        draining: draining.clone(),
     };
-    let _ = Box::pin(attempt.run()).await;
+    let mut work = Box::pin(attempt.run());
+    tokio::select! {
+        _ = &mut work => {}
+        () = draining.cancelled() => {
+            ends.end(Reason::Shutdown);
+            let _ = work.await;
+        }
+    }
     board.answer(&taken.id).unwrap_or(Value::Null)
 }
 
@@ -175,9 +181,9 @@ fn problem(status: StatusCode, detail: &str) -> (StatusCode, Json<Value>) {
 /// # Errors
 /// An address that cannot be listened on.
 pub async fn serve(
-    context: &Arc<Context>,
+    context: &Context,
     address: SocketAddr,
-    drain: &Drain,
+    draining: &Cancel,
     told: impl FnOnce(SocketAddr),
 ) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::bind(address).await?;
@@ -200,14 +206,14 @@ pub async fn serve(
         .nest("/v2/{endpoint}", routes)
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
         .with_state(queue.clone());
-    let stop = drain.draining.clone();
+    let stop = draining.clone();
     let server = tokio::spawn(async move {
         let serving = axum::serve(listener, app);
         serving
             .with_graceful_shutdown(async move { stop.cancelled().await })
             .await
     });
-    while let Ok(Some(taken)) = drain.draining.or(queued.recv()).await {
+    while let Ok(Some(taken)) = draining.or(queued.recv()).await {
         let Some(entry) = queue.lock().get(&taken.id).cloned() else {
             continue;
         };
@@ -218,13 +224,7 @@ pub async fn serve(
             entry.status = "IN_PROGRESS";
             entry.started = Some(Instant::now());
         });
-        let (stop, ended) = (drain.draining.clone(), entry.ends.clone());
-        let watch = tokio::spawn(async move {
-            stop.cancelled().await;
-            ended.end(Reason::Shutdown);
-        });
-        let body = Box::pin(run(context, &queue.board, &taken, &entry.ends, drain)).await;
-        watch.abort();
+        let body = run(context, &queue.board, &taken, &entry.ends, draining).await;
         queue.change(&taken.id, |entry| {
             entry.ended = Some(Instant::now());
             entry.status = match (&body, entry.status) {

@@ -38,11 +38,3 @@ pub mod supabase;
 pub mod upstream;
 pub mod wanted;
 mod work;
-
-/// Bytes as people read them.
-fn gb(num_bytes: u64) -> String {
-    match num_bytes {
-        0..1_000_000_000 => format!("{:.1} MB", num_bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", num_bytes as f64 / 1e9),
-    }
-}

@@ -66,21 +66,14 @@ async fn empty(context: &Context, upstream: &Upstream) {
         if let Err(error) = delivery.store(&dir) {
             log.warn(&error);
         }
-        if !delivery.posted {
-            let posted = upstream
+        let posted = if delivery.posted {
+            Posted::Accepted
+        } else {
+            upstream
                 .result(&delivery.runpod_id, &delivery.body(), Duration::ZERO)
-                .await;
-            delivery.posted = matches!(posted, Posted::Accepted | Posted::Gone);
-        }
-        if !delivery.told {
-            delivery.tell(context, &dir, &log).await;
-        }
-        if let Err(error) = delivery.save(&dir) {
-            log.warn(&error);
-        }
-        if delivery.is_done() {
-            dir.tidy();
-        }
+                .await
+        };
+        delivery.finish(&posted, context, &dir, &log).await;
         drop(lease);
     }
 }
@@ -91,11 +84,11 @@ async fn forget(context: &Context, id: &str, dir: &JobDir) {
     let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost).await else {
         return;
     };
-    drop(lease);
     context
         .log
         .info(&format!("removing what is left of job {id}"));
     if let Err(error) = Durable::default().remove_dir(&dir.path("")) {
         context.log.warn(&error.to_string());
     }
+    drop(lease);
 }

@@ -120,12 +120,9 @@ impl Platform {
         }))
     }
 
-    /// Asks for a job; returns when there is one, or when the platform ends the wait.
-    pub async fn take(&self, is_busy: bool) -> Take {
-        let url = with_query(
-            &self.get_job,
-            &format!("job_in_progress={}", u8::from(is_busy)),
-        );
+    /// Asks for a job, being at none; returns when there is one, or when the platform ends the wait.
+    pub async fn take(&self) -> Take {
+        let url = with_query(&self.get_job, "job_in_progress=0");
         let response = match self.get(&url).await {
             Ok(response) => response,
             // A wait that ends without an answer is an empty one.

@@ -1,16 +1,15 @@
 //! The loop of the worker: jobs taken one at a time, stops heard, an end in order.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use super::attempt::Attempt;
 use super::cancel::{Ends, Reason};
 use super::context::Context;
-use super::net::Cancel;
 use super::net::backoff::Backoff;
+use super::net::{Cancel, Canceller};
 use super::outbox;
 use super::ping::InProgress;
 use super::platform::{Platform, Posted, Take, Taken};
@@ -30,41 +29,31 @@ pub enum End {
     Refused,
 }
 
-/// What SIGTERM and SIGINT ask for. Clones are the same.
-#[derive(Debug, Clone)]
-pub struct Drain {
-    /// Goes up with the first signal.
-    pub draining: Cancel,
-    /// Changes with it: checkpoints are saved at once.
-    pub saves: watch::Receiver<u64>,
-}
-
-/// Listens to signals: the first drains, the second ends the process at once.
+/// Listens to SIGTERM and SIGINT: with the first the flag goes up (no more jobs, checkpoints are saved), the second ends the
+/// process at once.
 ///
 /// # Errors
 /// Those of the operating system.
-pub fn listen(context: &Context) -> std::io::Result<Drain> {
-    let (canceller, draining) = super::net::Canceller::new();
-    let (save, saves) = watch::channel(0);
+pub fn listen(context: &Context) -> std::io::Result<Cancel> {
+    let (canceller, draining) = Canceller::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let log = context.log.clone();
     tokio::spawn(async move {
-        for count in 1_u64.. {
+        let mut signalled = async || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if count > 1 {
-                log.warn("asked to stop a second time; ending at once");
-                exit_now();
-            }
-            log.info("asked to stop: no more jobs are taken");
-            canceller.cancel();
-            save.send_replace(count);
-        }
+        };
+        signalled().await;
+        log.info("asked to stop: no more jobs are taken");
+        canceller.cancel();
+        signalled().await;
+        log.warn("asked to stop a second time; ending at once");
+        exit_now();
     });
-    Ok(Drain { draining, saves })
+    Ok(draining)
 }
 
 /// Ends the process as a second signal asks for; the trainer notices by its closed input.
@@ -75,23 +64,23 @@ fn exit_now() {
 
 /// Takes and runs jobs until it is asked to stop, and delivers what earlier workers could not.
 pub async fn run(
-    context: &Arc<Context>,
+    context: &Context,
     platform: &Platform,
     jobs: &InProgress,
-    drain: &Drain,
+    draining: &Cancel,
 ) -> End {
     let upstream = Upstream::Runpod(platform.clone());
     tokio::select! {
-        end = take_jobs(context, platform, jobs, drain) => end,
+        end = take_jobs(context, platform, jobs, draining) => end,
         never = outbox::tend(context, &upstream) => match never {},
     }
 }
 
 async fn take_jobs(
-    context: &Arc<Context>,
+    context: &Context,
     platform: &Platform,
     jobs: &InProgress,
-    drain: &Drain,
+    draining: &Cancel,
 ) -> End {
     let log = &context.log;
     let upstream = Upstream::Runpod(platform.clone());
@@ -99,11 +88,11 @@ async fn take_jobs(
     let hearing = tokio::spawn(hear_stops(platform.clone(), stops, log.clone()));
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
     let mut end = End::Drained;
-    while !drain.draining.is_cancelled() {
+    while !draining.is_cancelled() {
         // What was to be stopped is over; the same job may come again.
         while stopped.try_recv().is_ok() {}
         let asked = Instant::now();
-        let Ok(take) = drain.draining.or(platform.take(false)).await else {
+        let Ok(take) = draining.or(platform.take()).await else {
             break;
         };
         let wait = match take {
@@ -111,9 +100,15 @@ async fn take_jobs(
                 backoff.reset();
                 let mut is_refused = false;
                 for job in taken {
-                    let posted =
-                        Box::pin(run_one(context, &upstream, &job, jobs, &mut stopped, drain))
-                            .await;
+                    let posted = Box::pin(run_one(
+                        context,
+                        &upstream,
+                        &job,
+                        jobs,
+                        &mut stopped,
+                        draining,
+                    ))
+                    .await;
                     is_refused |= posted == Posted::Unauthorized;
                 }
                 if is_refused {
@@ -136,7 +131,7 @@ async fn take_jobs(
                 backoff.next(None)
             }
         };
-        let _ = drain.draining.or(tokio::time::sleep(wait)).await;
+        let _ = draining.or(tokio::time::sleep(wait)).await;
     }
     hearing.abort();
     log.info("Stopped.");
@@ -144,12 +139,12 @@ async fn take_jobs(
 }
 
 async fn run_one(
-    context: &Arc<Context>,
+    context: &Context,
     upstream: &Upstream,
     job: &serde_json::Value,
     jobs: &InProgress,
     stopped: &mut mpsc::UnboundedReceiver<Vec<String>>,
-    drain: &Drain,
+    draining: &Cancel,
 ) -> Posted {
     let taken = match Taken::parse(job) {
         Ok(taken) => taken,
@@ -169,10 +164,11 @@ async fn run_one(
         upstream,
         taken: &taken,
         ends: &ends,
-        saves: drain.saves.clone(),
+        taken_at: tokio::time::Instant::now(),
+        draining: draining.clone(),
     };
     let mut work = Box::pin(attempt.run());
-    let mut drained = std::pin::pin!(after_drain(drain, context.env.drain));
+    let mut drained = std::pin::pin!(after_drain(draining, context.env.drain));
     let mut is_drained = false;
     let posted = loop {
         tokio::select! {
@@ -194,8 +190,8 @@ async fn run_one(
 }
 
 /// Returns when the time to drain is over; never, where there is none.
-async fn after_drain(drain: &Drain, limit: Option<Duration>) {
-    drain.draining.cancelled().await;
+async fn after_drain(draining: &Cancel, limit: Option<Duration>) {
+    draining.cancelled().await;
     match limit {
         Some(limit) => tokio::time::sleep(limit).await,
         None => std::future::pending().await,

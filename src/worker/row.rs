@@ -26,7 +26,7 @@ pub struct Row {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Claim {
     /// This worker's.
-    Ours(Map<String, Value>),
+    Ours,
     /// There is none: a job of the older contract.
     Missing,
     /// It was delivered before.
@@ -120,7 +120,7 @@ impl Row {
                 _ => {}
             }
             match self.take(&row).await {
-                Ok(true) => return Claim::Ours(row),
+                Ok(true) => return Claim::Ours,
                 Ok(false) => seen = None,
                 Err(error) => return Claim::Unreachable(error.to_string()),
             }

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use super::cancel::{Ends, Reason};
@@ -11,6 +10,7 @@ use super::child::{Ending, Line, Trainer};
 use super::context::Context;
 use super::gpu::Gpu;
 use super::log::Log;
+use super::net::Cancel;
 use super::report::Reports;
 use crate::train::events::Event;
 
@@ -27,8 +27,8 @@ const MAX_NOTES: usize = 40;
 pub struct Signals {
     /// Ends it.
     pub ends: Ends,
-    /// Changes where a checkpoint is wanted at once.
-    pub saves: watch::Receiver<u64>,
+    /// Goes up where a checkpoint is wanted at once.
+    pub draining: Cancel,
     /// When the job's time is over.
     pub deadline: Option<Instant>,
 }
@@ -69,8 +69,7 @@ pub async fn run(
         warnings: Vec::new(),
         report: Vec::new(),
     };
-    let mut saves = signals.saves.clone();
-    saves.mark_unchanged();
+    let mut is_saved = signals.draining.is_cancelled();
     let mut alive = Instant::now();
     let mut kill_at: Option<Instant> = None;
     let far = Instant::now() + Duration::from_hours(24 * 3650);
@@ -96,10 +95,14 @@ pub async fn run(
                 trainer.stop();
                 kill_at = Some(Instant::now() + GRACE);
             }
-            Ok(()) = saves.changed() => {
-                log.info("saving a checkpoint");
-                reports.change(|status| status.stage = "saving");
-                trainer.save();
+            () = signals.draining.cancelled(), if !is_saved => {
+                is_saved = true;
+                // Before its first step it has nothing to save, and does not listen yet.
+                if reports.status().total_steps > 0 {
+                    log.info("saving a checkpoint");
+                    reports.change(|status| status.stage = "saving");
+                    trainer.save();
+                }
             }
             () = sleep_until(stop_at), if kill_at.is_none() => {
                 log.warn("the job's time is nearly over");

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::gb;
 use super::model::place::shards_of;
 use crate::data::tokenizer::FILES as TOKENIZER_FILES;
+use crate::plan::gb;
 
 /// The index of a model in several files.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
-use tokio::time::Instant;
 
 use super::attempt::{Answer, Attempt, FAILURE_PATIENCE, failed, settle_failed};
 use super::callback::Event;
@@ -104,16 +103,9 @@ impl Work<'_> {
         watch.abort();
         let posted = self.attempt.post(&answer, &self.log).await;
         if let Some(mut delivery) = delivery {
-            delivery.posted = matches!(posted, Posted::Accepted | Posted::Gone);
-            if !delivery.told {
-                delivery.tell(context, &self.dir, &self.log).await;
-            }
-            if let Err(error) = delivery.save(&self.dir) {
-                self.log.warn(&error);
-            }
-            if delivery.is_done() {
-                self.dir.tidy();
-            }
+            delivery
+                .finish(&posted, context, &self.dir, &self.log)
+                .await;
         }
         posted
     }
@@ -183,7 +175,7 @@ impl Work<'_> {
             .claim(context.env.lease, is_known, ends.cancel(), &self.log)
             .await;
         match claim {
-            Claim::Ours(_) | Claim::Missing => None,
+            Claim::Ours | Claim::Missing => None,
             Claim::Unreachable(error) => {
                 self.log.warn(&format!(
                     "the row could not be read, training goes on: {error}"
@@ -252,10 +244,7 @@ impl Work<'_> {
                 context.env.max_attempts
             )));
         }
-        let ended = |failure: Failure| match ends.reason() {
-            Some(reason) => Failure::Ended(reason),
-            None => failure,
-        };
+        let ended = |failure: Failure| self.unless_ended(failure);
         reports.change(|status| status.at("downloading", 5.0));
         let dataset = data::get(context, &self.job, &self.dir, &self.log, ends.cancel()).await;
         let dataset = dataset.map_err(|error| ended(error.into()))?;
@@ -275,10 +264,10 @@ impl Work<'_> {
         Durable::default().replace(&path, config.resolved_yaml()?.as_bytes())?;
         let signals = Signals {
             ends: (*ends).clone(),
-            saves: self.attempt.saves.clone(),
+            draining: self.attempt.draining.clone(),
             deadline: taken
                 .execution_timeout
-                .and_then(|limit| Instant::now().checked_add(limit)),
+                .and_then(|limit| self.attempt.taken_at.checked_add(limit)),
         };
         let ran = run::run(context, &path, &output, reports, &signals, &self.log).await;
         let ran = ran.map_err(|error| {
@@ -289,6 +278,14 @@ impl Work<'_> {
             config.lora_r.max(config.lora_expert_r.unwrap_or(0)),
             reports,
         )
+    }
+
+    /// `failure`, unless the job was ended: then that is why there is no adapter.
+    fn unless_ended(&self, failure: Failure) -> Failure {
+        match self.attempt.ends.reason() {
+            Some(reason) => Failure::Ended(reason),
+            None => failure,
+        }
     }
 
     /// Targets of a pass of the run that left a checkpoint.
@@ -326,9 +323,8 @@ impl Work<'_> {
                 ));
             }
             Ending::Failed { exit_code, message } => {
-                return Err(Failure::Failed(format!(
-                    "{message} (exit code {exit_code})"
-                )));
+                let failure = Failure::Failed(format!("{message} (exit code {exit_code})"));
+                return Err(self.unless_ended(failure));
             }
         };
         let status = reports.status();

@@ -100,3 +100,16 @@ fn a_job_is_ended_while_it_downloads_and_while_it_uploads() {
         deployment.check_manners();
     }
 }
+
+#[test]
+fn a_job_that_is_ended_while_its_trainer_starts_did_not_fail() {
+    let mut deployment = Deployment::new();
+    let (body, id) = deployment.job(16, LONG);
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    let worker = deployment.worker();
+    deployment.until("the start", || worker.said().contains("base model `"));
+    deployment.sim.cancel(&runpod_id);
+    deployment.until("the stop", || worker.said().contains("Job stopped."));
+    assert_ne!(deployment.row(&id)["status"], "failed", "{}", worker.said());
+    deployment.check_manners();
+}

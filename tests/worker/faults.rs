@@ -192,44 +192,35 @@ fn an_expired_address_is_signed_anew() {
     deployment.check_manners();
 }
 
-#[test]
-fn one_job_for_two_workers_is_trained_once() {
+/// One job given to a second worker while a first one trains it; the second, on `state_dir`, says `waits` of it.
+fn train_twice(number: u32, state_dir: &str, waits: &str) -> Deployment {
     let mut deployment = Deployment::new();
-    let (body, id) = deployment.job(32, 6);
+    let (body, id) = deployment.job(number, 6);
     let runpod_id = deployment.sim.submit(body).unwrap();
     let first = deployment.worker();
     deployment.until_step(&id, 1);
     assert!(deployment.sim.requeue(&runpod_id));
-    let second = deployment.worker();
-    deployment.until("the second", || {
-        second.said().contains("another worker is at this job")
-    });
+    let state_dir = deployment.path(state_dir).display().to_string();
+    let second = deployment.worker_with(&[("BRIGHTRUN_STATE_DIR", &state_dir)]);
+    deployment.until("the second", || second.said().contains(waits));
     deployment.completed(&runpod_id);
     deployment.until("both", || first.is_over() && second.is_over());
     let trainings = deployment.logs().matches("training: ").count();
     assert_eq!(trainings, 1, "{}", deployment.logs());
     assert_eq!(deployment.sim.deploys(), 1);
+    deployment
+}
+
+#[test]
+fn one_job_for_two_workers_is_trained_once() {
+    let waits = "another worker is at this job";
+    let deployment = train_twice(32, "volume/brightrun", waits);
     deployment.check_secrets();
 }
 
 #[test]
 fn one_job_for_two_workers_without_a_common_volume_is_trained_once() {
-    let mut deployment = Deployment::new();
-    let (body, id) = deployment.job(33, 6);
-    let runpod_id = deployment.sim.submit(body).unwrap();
-    let first = deployment.worker();
-    deployment.until_step(&id, 1);
-    assert!(deployment.sim.requeue(&runpod_id));
-    let elsewhere = deployment.path("elsewhere").display().to_string();
-    let second = deployment.worker_with(&[("BRIGHTRUN_STATE_DIR", &elsewhere)]);
-    deployment.until("the second", || {
-        second.said().contains("the row says that another worker")
-    });
-    deployment.completed(&runpod_id);
-    deployment.until("both", || first.is_over() && second.is_over());
-    let trainings = deployment.logs().matches("training: ").count();
-    assert_eq!(trainings, 1, "{}", deployment.logs());
-    assert_eq!(deployment.sim.deploys(), 1);
+    train_twice(33, "elsewhere", "the row says that another worker");
 }
 
 #[test]

@@ -146,5 +146,5 @@ pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    brightrun::worker::net::files::hex(&Sha256::digest(bytes))
+    brightrun::hex::hex(&Sha256::digest(bytes))
 }

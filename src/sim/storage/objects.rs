@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 
 use super::Refusal;
 use super::tus::Upload;
+use crate::hex::hex;
 use crate::sim::settings::Bucket;
 use crate::sim::wire::next_chunk;
 use crate::sim::{Shared, clock};
@@ -162,7 +163,7 @@ pub(super) async fn receive(
     Ok(Received {
         file,
         size,
-        sha256: clock::hex(&hash.finalize()),
+        sha256: hex(&hash.finalize()),
     })
 }
 
@@ -218,7 +219,7 @@ pub(super) fn put(shared: &Shared, id: &str, path: &str, bytes: &[u8]) -> Result
     let received = Received {
         file,
         size: bytes.len() as u64,
-        sha256: clock::hex(&Sha256::digest(bytes)),
+        sha256: hex(&Sha256::digest(bytes)),
     };
     let target = Target {
         bucket: id.to_owned(),

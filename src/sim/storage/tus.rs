@@ -17,6 +17,7 @@ use tempfile::NamedTempFile;
 
 use super::objects::{self, Received, Target};
 use super::{Refusal, check_keys};
+use crate::hex::hex;
 use crate::sim::server::{Call, empty_reply, set};
 use crate::sim::wire::{drain, next_chunk};
 use crate::sim::{Shared, clock};
@@ -400,7 +401,7 @@ fn finish(shared: &Shared, id: &str) -> Result<(), Refusal> {
     };
     let received = Received {
         size: length,
-        sha256: clock::hex(&hash.finalize()),
+        sha256: hex(&hash.finalize()),
         file,
     };
     objects::commit(shared, target, received)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use fs_err as fs;
 use serde_json::Value;
 
-use crate::worker::gb;
+use crate::plan::gb;
 use crate::worker::job::is_name;
 
 const SINGLE_FILE: &str = "model.safetensors";

@@ -1,9 +1,12 @@
 //! Files that are whole or absent.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use fs_err as fs;
+
+use crate::durable::Durable;
+use crate::error::Error;
 
 /// `path` with `suffix` behind its whole name (`a.jsonl` gives `a.jsonl.part`).
 pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -17,11 +20,7 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 /// # Errors
 /// Those of the file system, naming the path.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let fresh = with_suffix(path, ".new");
-    let mut file = fs::File::create(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    settle(&fresh, path)
+    Durable::default().replace(path, bytes).map_err(of_io)
 }
 
 /// Renames a synced file to its final name and brings the name to the disk.
@@ -29,12 +28,14 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Those of the file system, naming the path.
 pub fn settle(from: &Path, to: &Path) -> io::Result<()> {
-    fs::rename(from, to)?;
-    let parent = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    fs::File::open(parent)?.sync_all()
+    Durable::default().rename(from, to).map_err(of_io)
+}
+
+fn of_io(error: Error) -> io::Error {
+    if let Error::Io(error) = error {
+        return error;
+    }
+    io::Error::other(error.to_string())
 }
 
 /// Removes a file that may not exist.
@@ -46,14 +47,4 @@ pub fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
-}
-
-/// `bytes` as lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes
-        .iter()
-        .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
-        .map(char::from)
-        .collect()
 }

@@ -12,7 +12,8 @@ use url::Url;
 use super::cancel::Cancel;
 use super::error::{Error, Kind, Result};
 use super::fetch::Fetched;
-use super::files::{hex, remove, replace, settle, with_suffix};
+use super::files::{remove, replace, settle, with_suffix};
+use crate::hex::hex;
 
 const BUFFER_BYTES: usize = 64 * 1024;
 

@@ -14,10 +14,10 @@ use url::Url;
 
 use super::error::ServiceError;
 use super::{Result, Supabase, TIMEOUT, at};
+use crate::hex::hex;
 use crate::worker::net::backoff::Backoff;
 use crate::worker::net::error::Kind;
 use crate::worker::net::fetch::{Fetched, Limits, OnProgress, Via, fetch};
-use crate::worker::net::files::hex;
 use crate::worker::net::{self, Cancel};
 
 /// From this size on an upload is resumable. It is also the one size of its pieces that the service takes.
