@@ -102,13 +102,19 @@ fn a_job_is_ended_while_it_downloads_and_while_it_uploads() {
 }
 
 #[test]
-fn a_job_that_is_ended_while_its_trainer_starts_did_not_fail() {
+fn a_job_whose_trainer_has_to_be_killed_was_stopped_and_did_not_fail() {
+    use rustix::process::Signal;
     let mut deployment = Deployment::new();
     let (body, id) = deployment.job(16, LONG);
     let runpod_id = deployment.sim.submit(body).unwrap();
     let worker = deployment.worker();
-    deployment.until("the start", || worker.said().contains("base model `"));
+    deployment.until_step(&id, 1);
+    worker.signal_trainer(Signal::STOP);
     deployment.sim.cancel(&runpod_id);
+    deployment.until("the request", || {
+        worker.said().contains("stopping the trainer")
+    });
+    worker.signal_trainer(Signal::KILL);
     deployment.until("the stop", || worker.said().contains("Job stopped."));
     assert_ne!(deployment.row(&id)["status"], "failed", "{}", worker.said());
     deployment.check_manners();

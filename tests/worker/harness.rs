@@ -264,6 +264,11 @@ pub(crate) fn kind(callback: &brightrun::sim::Callback) -> Value {
     body["type"].clone()
 }
 
+fn send(process: i32, signal: rustix::process::Signal) {
+    let process = rustix::process::Pid::from_raw(process).unwrap();
+    let _ = rustix::process::kill_process(process, signal);
+}
+
 fn walk(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs_err::read_dir(dir).into_iter().flatten().flatten() {
@@ -278,8 +283,15 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
 
 impl Worker {
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
-        let id = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        let _ = rustix::process::kill_process(id, signal);
+        send(i32::try_from(self.child.id()).unwrap(), signal);
+    }
+
+    /// Signals the process that trains.
+    pub(crate) fn signal_trainer(&self, signal: rustix::process::Signal) {
+        let id = self.child.id();
+        let path = format!("/proc/{id}/task/{id}/children");
+        let children = fs_err::read_to_string(path).unwrap();
+        send(children.trim().parse().unwrap(), signal);
     }
 
     pub(crate) fn kill(&mut self) {
