@@ -15,6 +15,7 @@ pub mod durable;
 pub mod error;
 pub mod export;
 pub mod hex;
+pub mod http;
 pub mod model;
 pub mod ops;
 pub mod plan;

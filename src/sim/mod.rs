@@ -2,8 +2,7 @@
 //! and object storage, a file server, and a callback receiver. Everything on one port of 127.0.0.1.
 //!
 //! It is for rehearsals and tests: state is in memory, objects are in a folder, faults are scripted, every request is
-//! kept, and rules a real platform would not enforce are watched ([`Sim::violations`]). It knows nothing of the rest of
-//! this crate. Start reading at [`Sim::start`] and `server.rs`.
+//! kept, and rules a real platform would not enforce are watched ([`Sim::violations`]). It knows nothing of the worker. Start reading at [`Sim::start`] and `server.rs`.
 //!
 //! | path | part |
 //! |---|---|
@@ -35,6 +34,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
+
+use crate::http::client_builder;
 
 pub use callback::Callback;
 pub use fault::{Action, Fault, Route};
@@ -244,11 +245,7 @@ async fn serve(shared: Arc<Shared>, listener: std::net::TcpListener) {
 
 /// Posts a job's final document to its webhook, up to three times.
 async fn deliver(notice: platform::jobs::Notice, wait: Duration) {
-    let Ok(client) = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(Duration::from_secs(10))
-        .build()
-    else {
+    let Ok(client) = client_builder().timeout(Duration::from_secs(10)).build() else {
         return;
     };
     for attempt in 0..3 {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::log::Log;
 use super::net::error::cause;
-use super::net::guard::client_builder;
 use super::platform::{expand, with_query};
 use crate::config::RunpodEnv;
+use crate::http::client_builder;
 
 /// Waits before a ping is sent again; then the next one is due.
 const RETRIES: [Duration; 3] = [

@@ -8,9 +8,9 @@ use serde_json::{Map, Value, json};
 
 use super::net::backoff::Backoff;
 use super::net::error::cause;
-use super::net::guard::client_builder;
 use super::net::time::{retry_after, unix_seconds};
 use crate::config::{RunpodEnv, Secret};
+use crate::http::client_builder;
 
 /// The platform holds a request for a job open for less.
 const LONG_POLL: Duration = Duration::from_secs(90);

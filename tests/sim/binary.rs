@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 
+use brightrun::http::client_builder;
 use serde_json::Value;
 
 fn run(arguments: &[&str]) -> Child {
@@ -72,7 +73,7 @@ fn with_json_each_line_is_an_object() {
         .enable_all()
         .build()
         .unwrap();
-    let sent = runtime.block_on(async { reqwest::Client::new().get(url).send().await });
+    let sent = runtime.block_on(async { client_builder().build().unwrap().get(url).send().await });
     assert_eq!(sent.unwrap().status(), 401);
     let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap();
     assert_eq!(

@@ -13,11 +13,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use reqwest::header::{self, HeaderMap};
-use reqwest::{Client, ClientBuilder, Response, StatusCode};
+use reqwest::{Client, Response, StatusCode};
 use url::{Host, Url};
 
 use super::address::{is_global, is_private};
 use super::error::{Error, Kind, Result, shown};
+use crate::http::client_builder;
 
 /// Redirects followed for one request.
 const REDIRECTS: usize = 3;
@@ -292,26 +293,6 @@ pub(crate) async fn get_once(
             format!("no answer from {} within {timeout:?}", shown(url)),
         )),
     }
-}
-
-/// The settings that all clients of the worker share: no redirects, no proxies of the environment, no cookies, no
-/// decompression; connections that a sleeping peer may have dropped are not reused.
-pub fn client_builder() -> ClientBuilder {
-    Client::builder()
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .no_gzip()
-        .no_brotli()
-        .no_zstd()
-        .no_deflate()
-        .referer(false)
-        .connect_timeout(Duration::from_secs(15))
-        .pool_idle_timeout(Duration::from_secs(15))
-        .tcp_keepalive(Duration::from_secs(30))
-        // One large body at a time: HTTP/2 would add a second flow control (measured 10 times slower to a server with
-        // small windows) and share one connection, dead ones too.
-        .http1_only()
-        .user_agent(concat!("brightrun-worker/", env!("CARGO_PKG_VERSION")))
 }
 
 /// Stands behind the pinned addresses: any other name is a defect, and goes nowhere.

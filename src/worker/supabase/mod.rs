@@ -17,7 +17,7 @@ pub use error::ServiceError;
 pub use rows::{Filter, Row};
 pub use storage::{BucketLimits, Upload};
 
-use crate::worker::net::guard::client_builder;
+use crate::http::client_builder;
 use crate::worker::secret::{Redactor, Secret};
 
 /// Result with [`ServiceError`].
