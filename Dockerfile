@@ -15,11 +15,11 @@ RUN cargo chef prepare --recipe-path recipe.json
 
 FROM chef AS build
 COPY --from=plan /src/recipe.json .
-RUN cargo chef cook --release --locked --no-default-features --features cuda --recipe-path recipe.json
+RUN cargo chef cook --release --locked --no-default-features --features cuda,worker --recipe-path recipe.json
 COPY . .
 ARG BRIGHTRUN_COMMIT=unknown
 ENV BRIGHTRUN_KERNELS=require BRIGHTRUN_CUDA_ARCHS=80,86,89,90a,100a,120 BRIGHTRUN_COMMIT=${BRIGHTRUN_COMMIT}
-RUN cargo build --release --locked --no-default-features --features cuda --bin brightrun \
+RUN cargo build --release --locked --no-default-features --features cuda,worker --bin brightrun \
     && strip target/release/brightrun
 # What goes on top of the base; its size is gated, and scripts/image-root.sh makes the same without a container engine.
 RUN scripts/image-files.sh target/release/brightrun /image

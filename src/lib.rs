@@ -15,14 +15,17 @@ pub mod durable;
 pub mod error;
 pub mod export;
 pub mod hex;
+#[cfg(feature = "worker")]
 pub mod http;
 pub mod model;
 pub mod ops;
 pub mod plan;
 pub mod random;
 pub mod selftest;
+#[cfg(feature = "worker")]
 pub mod sim;
 pub mod store;
 pub mod tensor;
 pub mod train;
+#[cfg(feature = "worker")]
 pub mod worker;

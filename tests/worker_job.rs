@@ -1,4 +1,5 @@
 //! A job's input: what is accepted, what is refused and how it is told, and the run it becomes.
+#![cfg(feature = "worker")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

@@ -1,4 +1,5 @@
 //! Where a job's base model is found, that it is whole and the one asked for, and what a download needs.
+#![cfg(feature = "worker")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

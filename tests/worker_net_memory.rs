@@ -2,6 +2,7 @@
 //!
 //! Alone in its file: the resident set is the process's.
 
+#![cfg(feature = "worker")]
 #![allow(clippy::unwrap_used, reason = "a test's helper fails its test")]
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -6,7 +6,9 @@ mod export;
 mod plan;
 mod selftest;
 mod train;
+#[cfg(feature = "worker")]
 mod train_job;
+#[cfg(feature = "worker")]
 mod worker;
 
 use std::path::PathBuf;
@@ -31,20 +33,15 @@ const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failure, 2 usage, 12 does not fit 
 enum Command {
     /// Train an adapter; goes on from the newest checkpoint in `output_dir`.
     Train(ConfigArguments),
-    /// Train as the worker's child: with micro-batches that fit, events as JSON lines on standard output, until standard input
-    /// closes.
-    #[command(hide = true)]
-    TrainJob(ConfigArguments),
     /// Check config and data sets without training: formats, what is left out and why, lengths, a masked sample.
     Check(ConfigArguments),
     /// Tell from the base model's config.json whether a run fits, what it takes and what makes it fit.
     Plan(PlanArguments),
     /// Write the adapter of a run in another form.
     Export(ExportArguments),
-    /// Take jobs from RunPod's queue, or from this machine, and deliver their adapters.
-    Worker(worker::WorkerArguments),
-    /// Look whether a pod or an endpoint has all that jobs need: mounts, space, GPU, database, storage.
-    Preflight(worker::PreflightArguments),
+    #[cfg(feature = "worker")]
+    #[command(flatten)]
+    Worker(worker::WorkerCommand),
     /// Check every op of a device against a reference: the first thing to run on a GPU.
     Selftest(SelftestArguments),
 }
@@ -143,12 +140,11 @@ pub(crate) fn run() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.command {
         Command::Train(arguments) => train::run(arguments),
-        Command::TrainJob(arguments) => train_job::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Export(arguments) => export::run(arguments),
-        Command::Worker(arguments) => worker::run(arguments),
-        Command::Preflight(arguments) => worker::check(arguments),
+        #[cfg(feature = "worker")]
+        Command::Worker(command) => command.run(),
         Command::Selftest(arguments) => selftest::run(arguments),
     };
     result.unwrap_or_else(|error| fail(&error))

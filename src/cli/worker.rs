@@ -1,4 +1,4 @@
-//! `brightrun worker` and `brightrun preflight`.
+//! The commands of the worker: `brightrun worker`, `brightrun preflight`, and the one it starts for each job.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -18,9 +18,32 @@ use brightrun::worker::{fitness, local};
 use serde_json::{Value, json};
 
 use super::console::print;
+use super::{ConfigArguments, train_job};
 
 /// Input of a job that is tried once, where there is no queue.
 const TEST_INPUT: &str = "test_input.json";
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum WorkerCommand {
+    /// Take jobs from RunPod's queue, or from this machine, and deliver their adapters.
+    Worker(WorkerArguments),
+    /// Look whether a pod or an endpoint has all that jobs need: mounts, space, GPU, database, storage.
+    Preflight(PreflightArguments),
+    /// Train as the worker's child: with micro-batches that fit, events as JSON lines on standard output, until standard input
+    /// closes.
+    #[command(hide = true)]
+    TrainJob(ConfigArguments),
+}
+
+impl WorkerCommand {
+    pub(super) fn run(&self) -> Result<ExitCode> {
+        match self {
+            Self::Worker(arguments) => run(arguments),
+            Self::Preflight(arguments) => check(arguments),
+            Self::TrainJob(arguments) => train_job::run(arguments),
+        }
+    }
+}
 
 /// Names as RunPod's own workers have them.
 #[derive(Debug, clap::Args)]
@@ -102,7 +125,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-pub(super) fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
+fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
     let env = WorkerEnv::from_process();
     let unnamed = || format!("worker-{}", std::process::id());
     let worker_id = env.runpod.pod_id.clone().unwrap_or_else(unnamed);
@@ -188,7 +211,7 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
     })
 }
 
-pub(super) fn check(arguments: &PreflightArguments) -> Result<ExitCode> {
+fn check(arguments: &PreflightArguments) -> Result<ExitCode> {
     let env = WorkerEnv::from_process();
     let context = context(&env, Some("ERROR"), "preflight")?;
     let wishes = Wishes {

@@ -1,5 +1,6 @@
 //! The simulator itself: what it answers, what it counts, what it refuses, and how its faults look from outside.
 
+#![cfg(feature = "worker")]
 #![expect(
     clippy::unwrap_used,
     clippy::panic,

@@ -1,4 +1,5 @@
 //! The worker as a process against the simulated platform, database and storage, with the demo model on the CPU.
+#![cfg(feature = "worker")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

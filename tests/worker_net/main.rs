@@ -1,5 +1,6 @@
 //! The worker's network parts against small servers of this test: hostile URLs, cuts, floods, partitions.
 
+#![cfg(feature = "worker")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
