@@ -8,6 +8,7 @@ mod secret;
 
 pub use env::{Env, RunpodEnv, WorkerEnv};
 pub use reader::setting_name;
+#[cfg(feature = "worker")]
 pub(crate) use reader::{number, shown};
 pub use secret::Secret;
 

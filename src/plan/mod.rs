@@ -9,6 +9,7 @@ mod report;
 
 pub use self::advice::{Advice, advise};
 pub use self::gpus::{GPUS, GpuKind, parse};
+#[cfg(feature = "worker")]
 pub(crate) use self::report::gb;
 
 use std::path::Path;
