@@ -1,9 +1,12 @@
 //! A job is ended in each of its phases.
 
+use std::time::{Duration, Instant};
+
+use brightrun::random::{Draws, Stream};
 use brightrun::sim::{Action, Fault, Route, Status};
 use serde_json::json;
 
-use super::harness::Deployment;
+use super::harness::{Deployment, number_from};
 
 /// A job that runs long enough to be ended.
 const LONG: u32 = 8;
@@ -117,5 +120,43 @@ fn a_job_whose_trainer_has_to_be_killed_was_stopped_and_did_not_fail() {
     worker.signal_trainer(Signal::KILL);
     deployment.until("the stop", || worker.said().contains("Job stopped."));
     assert_ne!(deployment.row(&id)["status"], "failed", "{}", worker.said());
+    deployment.check_manners();
+}
+
+/// Cancellations of `cargo test`; `BRIGHTRUN_TEST_CANCELS` asks for another number (the soak: 50).
+const CANCELS: u16 = 6;
+
+#[test]
+fn a_job_may_be_ended_at_any_moment() {
+    let mut deployment = Deployment::new();
+    let worker = deployment.worker();
+    let (body, reference) = deployment.job(60, 2);
+    let begun = Instant::now();
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    deployment.completed(&runpod_id);
+    let whole = begun.elapsed();
+    let expected = deployment.weights(&reference);
+    let mut draws = Draws::new(11, Stream::Shuffle, 0);
+    let cancels = number_from("BRIGHTRUN_TEST_CANCELS", CANCELS);
+    for number in 0..cancels {
+        let (body, id) = deployment.job(u32::from(61 + number), 2);
+        let before = deployment.sim.deploys();
+        let runpod_id = deployment.sim.submit(body).unwrap();
+        // Spread over a job's life and a little longer.
+        let at = (f64::from(number) + f64::from(draws.next_f32())) / f64::from(cancels);
+        std::thread::sleep(whole.mul_f64(1.1 * at));
+        deployment.sim.cancel(&runpod_id);
+        let asked = Instant::now();
+        let again = deployment.sim.submit(deployment.body(&id, 2)).unwrap();
+        deployment.until("the next job", || {
+            deployment.sim.status(&again) != Some(Status::InQueue)
+        });
+        let free = asked.elapsed();
+        println!("ended at {at:.2} of a job, free after {free:?}");
+        assert!(free < Duration::from_secs(5), "{free:?}\n{}", worker.said());
+        deployment.completed(&again);
+        assert!(deployment.weights(&id) == expected, "{}", worker.said());
+        assert_eq!(deployment.sim.deploys(), before + 1, "{}", worker.said());
+    }
     deployment.check_manners();
 }

@@ -20,6 +20,13 @@ pub(crate) const CANARIES: [&str; 3] = [
     "service-key",
 ];
 
+/// How often a loop runs: as the environment says, else `default`.
+pub(crate) fn number_from<T: std::str::FromStr>(variable: &str, default: T) -> T {
+    let wanted = std::env::var_os(variable);
+    let wanted = wanted.and_then(|text| text.to_str()?.parse().ok());
+    wanted.unwrap_or(default)
+}
+
 pub(crate) fn demo(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("examples/demo")

@@ -5,17 +5,11 @@ use std::time::Duration;
 use brightrun::random::{Draws, Stream};
 use brightrun::sim::Settings;
 
-use super::harness::Deployment;
+use super::harness::{Deployment, number_from};
 
 /// Kills of `cargo test`; `BRIGHTRUN_TEST_KILLS` asks for another number (the soak: 100).
 const KILLS: usize = 10;
 const EPOCHS: u32 = 3;
-
-fn kills() -> usize {
-    let wanted = std::env::var_os("BRIGHTRUN_TEST_KILLS");
-    let wanted = wanted.and_then(|text| text.to_str()?.parse().ok());
-    wanted.unwrap_or(KILLS)
-}
 
 #[test]
 fn a_killed_worker_loses_nothing() {
@@ -35,15 +29,16 @@ fn a_killed_worker_loses_nothing() {
     let expected = deployment.weights(&reference);
 
     let mut draws = Draws::new(7, Stream::Shuffle, 0);
+    let kills = number_from("BRIGHTRUN_TEST_KILLS", KILLS);
     let (mut killed, mut number, mut jobs) = (0, 41, 0);
-    while killed < kills() {
+    while killed < kills {
         let (body, id) = deployment.job(number, EPOCHS);
         let runpod_id = deployment.sim.submit(body).unwrap();
         let before = deployment.sim.deploys();
         // Each life of the worker is shorter than a whole run, or a little longer.
         for life in 0.. {
             let mut worker = deployment.worker_with(&[("BRIGHTRUN_MAX_ATTEMPTS", "1000")]);
-            if killed >= kills() || life >= 4 {
+            if killed >= kills || life >= 4 {
                 deployment.until("the row", || deployment.row(&id)["status"] == "completed");
                 deployment.until("the platform", || {
                     deployment

@@ -4,16 +4,14 @@ use std::io::Write;
 
 use serde_json::json;
 
-use super::harness::Deployment;
+use super::harness::{Deployment, number_from};
 
 /// Most of its resident memory, in bytes.
 const LIMIT: u64 = 64_000_000;
 
 /// Size of what passes, in MB: `BRIGHTRUN_TEST_MB` asks for another (the soak: 500 fetched, 1000 uploaded).
 fn megabytes() -> usize {
-    let wanted = std::env::var_os("BRIGHTRUN_TEST_MB");
-    let wanted = wanted.and_then(|text| text.to_str()?.parse().ok());
-    wanted.unwrap_or(96)
+    number_from("BRIGHTRUN_TEST_MB", 96)
 }
 
 #[test]
