@@ -40,6 +40,7 @@ fn a_large_data_set_passes_through_a_small_worker() {
         worker.said()
     );
     let peak = worker.peak_memory();
+    println!("{size} bytes of data set: peak of the worker {peak} bytes");
     assert!(peak < LIMIT, "{peak} bytes");
 }
 
@@ -74,6 +75,7 @@ fn a_large_adapter_passes_through_a_small_worker() {
         size
     );
     let peak = worker.peak_memory();
+    println!("{size} bytes of weights: peak of the worker {peak} bytes");
     assert!(peak < LIMIT, "{peak} bytes");
     assert_eq!(deployment.sim.deploys(), 1);
 }
