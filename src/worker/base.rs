@@ -67,11 +67,11 @@ async fn find(context: &Context, id: &str) -> Result<Result<model::Found, NotFou
     found.map_err(|error| Error::new(Kind::Io, error.to_string()))
 }
 
-/// Where a downloaded model goes: `models/<organisation>/<name>` of the volume, else beside the state.
+/// Where a downloaded model goes: `models/<organisation>/<name>` of the first volume that is there, else beside the state.
 fn target(context: &Context, id: &str) -> PathBuf {
-    let volumes = context.roots().volumes;
-    let volume = volumes.iter().find(|path| path.is_dir()).cloned();
-    let root = volume.unwrap_or_else(|| context.state.root().to_owned());
+    let mut volumes = context.roots().volumes.into_iter();
+    let root = volumes.find(|path| path.is_dir());
+    let root = root.unwrap_or_else(|| context.state.root().to_owned());
     root.join("models").join(id)
 }
 

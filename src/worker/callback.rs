@@ -102,6 +102,17 @@ impl CallbackError {
     }
 }
 
+impl CallbackError {
+    /// The operator lets no callbacks go to this host.
+    pub(super) fn refused(url: &Url) -> Self {
+        let url = shown(url);
+        Self::new(
+            format!("callback {url} is on no host that BRIGHTRUN_CALLBACK_HOSTS names"),
+            true,
+        )
+    }
+}
+
 impl From<Error> for CallbackError {
     fn from(error: Error) -> Self {
         Self::new(format!("callback: {error}"), error.kind == Kind::Blocked)

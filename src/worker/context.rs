@@ -98,25 +98,39 @@ impl Context {
         })
     }
 
-    /// Where base models may lie.
+    /// Where base models may lie: beside the state too, where they are downloaded to if there is no volume.
     pub fn roots(&self) -> Roots {
+        let mut volumes = volumes(&self.env);
+        volumes.push(self.state.root().to_owned());
         Roots {
             model_path: self.env.model_path.clone(),
-            volumes: volumes(&self.env),
+            volumes,
             hub_cache: self.engine.hub_cache.clone(),
         }
     }
 
-    /// The receiver of a job's events.
+    /// The receiver of a job's events. The operator's `Authorization` goes to hosts that the operator named, and to the project's own:
+    /// any other is the choice of whoever submitted the job.
     ///
     /// # Errors
     /// An address that jobs may not name.
     pub fn callback(&self, url: &str) -> Result<Callback, CallbackError> {
         let given = |secret: &crate::config::Secret| (!secret.is_empty()).then(|| secret.clone());
-        let (secret, auth) = (
-            given(&self.env.webhook_secret),
-            given(&self.env.callback_auth),
-        );
+        let parsed = self.guard.check(url)?;
+        let hosts = self.env.callback_hosts.as_ref();
+        let is_named = hosts.is_some_and(|hosts| {
+            let host = parsed.host_str().unwrap_or_default();
+            hosts.iter().any(|named| named == host)
+        });
+        let is_own = self
+            .supabase
+            .as_ref()
+            .is_some_and(|project| project.owns(&parsed));
+        if hosts.is_some() && !is_named && !is_own {
+            return Err(CallbackError::refused(&parsed));
+        }
+        let secret = given(&self.env.webhook_secret);
+        let auth = given(&self.env.callback_auth).filter(|_| is_named || is_own);
         Callback::new(self.guard.clone(), url, secret.as_ref(), auth.as_ref())
     }
 

@@ -14,11 +14,14 @@ use super::net::gzip::{GzipCaps, decompress_if_gzip};
 use super::net::{Cancel, Error, Kind};
 use super::row::Row;
 use super::state::JobDir;
+use super::supabase::Supabase;
 
 /// File of a job's directory that holds its data.
 const FILE: &str = "dataset.jsonl";
 /// Written when the file is whole: a later attempt need not fetch it.
 const FETCHED: &str = "dataset.json";
+/// Buckets that the application keeps data sets in.
+const BUCKETS: [&str; 2] = ["training-files", "lora-datasets"];
 /// Time for the whole.
 const DEADLINE: Duration = Duration::from_hours(2);
 /// Time that an address signed anew is good for, in seconds.
@@ -104,20 +107,21 @@ async fn sign_anew(context: &Context, job: &Job, url: &str) -> Option<String> {
         .and_then(|row| {
             let path = row.get("dataset_file_path").and_then(Value::as_str)?;
             let path = path.trim_start_matches('/');
-            let path = path.strip_prefix("training-files/").unwrap_or(path);
-            (!path.is_empty()).then(|| ("training-files".to_owned(), path.to_owned()))
+            let bucket = BUCKETS[0];
+            let path = path
+                .strip_prefix(bucket)
+                .and_then(|rest| rest.strip_prefix('/'))
+                .unwrap_or(path);
+            (!path.is_empty()).then(|| (bucket.to_owned(), path.to_owned()))
         });
-    let (bucket, path) = of_row.or_else(|| object_of(url, supabase.url().host_str()?))?;
+    let (bucket, path) = of_row.or_else(|| object_of(url, supabase))?;
     supabase.sign(&bucket, &path, SIGNED_S).await.ok()
 }
 
-/// Bucket and path of a signed address of this project's own storage.
-fn object_of(url: &str, host: &str) -> Option<(String, String)> {
+/// Bucket and path of a signed address of this project's own storage. Only of the buckets that data sets are in: whoever may submit a
+/// job may not read any other object with this worker's key.
+fn object_of(url: &str, supabase: &Supabase) -> Option<(String, String)> {
     let url = url::Url::parse(url).ok()?;
-    let project = host.split('.').next()?;
-    let is_own = url
-        .host_str()
-        .is_some_and(|own| own == host || own.split('.').next() == Some(project));
     let (_, object) = url.path().split_once("/storage/v1/object/sign/")?;
     let (bucket, path) = object.split_once('/')?;
     let decode = |text: &str| -> Option<String> {
@@ -126,25 +130,44 @@ fn object_of(url: &str, host: &str) -> Option<(String, String)> {
             .next()
             .map(|(_, value)| value.into_owned())
     };
-    is_own.then_some((decode(bucket)?, decode(path)?))
+    let (bucket, path) = (decode(bucket)?, decode(path)?);
+    let is_open = supabase.owns(&url) && BUCKETS.contains(&bucket.as_str());
+    is_open.then_some((bucket, path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Secret;
 
     #[test]
     fn an_expired_address_names_its_object() {
-        let url = "https://abc.supabase.co/storage/v1/object/sign/training-files/u%201/training.jsonl?token=x";
-        let found = object_of(url, "abc.supabase.co");
-        assert_eq!(
-            found,
-            Some(("training-files".to_owned(), "u 1/training.jsonl".to_owned()))
-        );
-        assert_eq!(object_of(url, "other.supabase.co"), None);
-        assert_eq!(
-            object_of("https://abc.supabase.co/x/y", "abc.supabase.co"),
-            None
-        );
+        let project = |url| Supabase::new(url, Secret::new("key")).unwrap();
+        let supabase = project("https://abc.supabase.co");
+        let signed = |host: &str, bucket: &str| {
+            format!("https://{host}/storage/v1/object/sign/{bucket}/u%201/training.jsonl?token=x")
+        };
+        for host in ["abc.supabase.co", "abc.storage.supabase.co"] {
+            let found = object_of(&signed(host, "training-files"), &supabase);
+            assert_eq!(
+                found,
+                Some(("training-files".to_owned(), "u 1/training.jsonl".to_owned()))
+            );
+        }
+        // What is not a data set of this project is not signed for whoever asks.
+        for (host, bucket) in [
+            ("abc.supabase.co", "lora-models"),
+            ("abc.supabase.co", "private"),
+            ("abc.evil.example", "training-files"),
+            ("other.supabase.co", "training-files"),
+            ("abc.supabase.co:8443", "training-files"),
+        ] {
+            assert_eq!(
+                object_of(&signed(host, bucket), &supabase),
+                None,
+                "{host} {bucket}"
+            );
+        }
+        assert_eq!(object_of("https://abc.supabase.co/x/y", &supabase), None);
     }
 }

@@ -509,12 +509,21 @@ async fn aside<T: Send + 'static>(
     }
 }
 
+/// Types of the objects of a delivery: archive, settings, texts, weights. A bucket has to take them all.
+pub const CONTENT_TYPES: [&str; 4] = [
+    "application/gzip",
+    "application/json",
+    "text/plain",
+    "application/octet-stream",
+];
+
 fn content_type(name: &str) -> &'static str {
+    let [archive, settings, text, other] = CONTENT_TYPES;
     match name.rsplit_once('.').map(|(_, end)| end) {
-        Some("gz") => "application/gzip",
-        Some("json") => "application/json",
-        Some("md" | "jinja" | "txt") => "text/plain",
-        _ => "application/octet-stream",
+        Some("gz") => archive,
+        Some("json") => settings,
+        Some("md" | "jinja" | "txt") => text,
+        _ => other,
     }
 }
 

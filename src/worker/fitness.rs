@@ -52,7 +52,10 @@ fn check_state(context: &Context) -> Result<(), String> {
             MIN_FREE_BYTES as f64 / 1e9
         ));
     }
-    let probe = root.join(format!(".probe-{}", std::process::id()));
+    // Where jobs go: another user may have made it.
+    let probe = root
+        .join("jobs")
+        .join(format!(".probe-{}", std::process::id()));
     let written = Durable::default().write(&probe, b"probe");
     let _ = fs_err::remove_file(&probe);
     written.map_err(|error| format!("the state directory cannot be written: {error}; set BRIGHTRUN_STATE_DIR to one that can"))?;

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::context::Context;
+use super::deliver::CONTENT_TYPES;
 use super::fitness;
 use super::gpu::Gpu;
 use super::identity;
@@ -158,14 +159,15 @@ async fn storage(context: &Context, wishes: &Wishes) -> Verdict {
         Err(error) => return bad(error),
     };
     let types = &limits.allowed_mime_types;
-    if !types.is_empty()
-        && !types
-            .iter()
-            .any(|kind| kind == "application/gzip" || kind == "*/*" || kind == "application/*")
-    {
+    let missing: Vec<&str> = CONTENT_TYPES
+        .into_iter()
+        .filter(|wanted| !types.is_empty() && !types.iter().any(|kind| covers(kind, wanted)))
+        .collect();
+    if !missing.is_empty() {
         return Verdict::Bad(format!(
-            "bucket `{bucket}` takes only {}, expected application/gzip, application/json, text/plain and application/octet-stream",
-            json!(types)
+            "bucket `{bucket}` takes only {}, expected {} too; allow them",
+            json!(types),
+            missing.join(", ")
         ));
     }
     let size = wishes.adapter_bytes.unwrap_or(200_000_000);
@@ -181,5 +183,28 @@ async fn storage(context: &Context, wishes: &Wishes) -> Verdict {
     {
         Ok(()) => Verdict::Good(format!("bucket `{bucket}` takes files of {size} bytes")),
         Err(error) => bad(error),
+    }
+}
+
+/// Whether a bucket's allowed type, which may be `application/*` or `*/*`, takes files of type `wanted`.
+fn covers(allowed: &str, wanted: &str) -> bool {
+    match allowed.strip_suffix('*') {
+        Some("*/") => true,
+        Some(kind) => wanted.starts_with(kind),
+        None => allowed == wanted,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_may_name_a_family_of_types() {
+        let takes = |allowed: &str| CONTENT_TYPES.map(|wanted| covers(allowed, wanted));
+        assert_eq!(takes("*/*"), [true; 4]);
+        assert_eq!(takes("application/*"), [true, true, false, true]);
+        assert_eq!(takes("application/gzip"), [true, false, false, false]);
+        assert_eq!(takes("image/png"), [false; 4]);
     }
 }

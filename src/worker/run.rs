@@ -16,8 +16,11 @@ use crate::train::events::Event;
 
 /// Time that a step and a checkpoint may take after the trainer is asked to stop.
 const GRACE: Duration = Duration::from_mins(2);
-/// What is left of a job's time when it is stopped, to save and to say so.
+/// What is left of a job's time when its last checkpoint is written: to say so.
 const BEFORE_DEADLINE: Duration = Duration::from_mins(1);
+/// The same of a job that has more than [`LONG`], whose checkpoint may be large and was perhaps never written before.
+const BEFORE_LONG_DEADLINE: Duration = Duration::from_mins(2);
+const LONG: Duration = Duration::from_mins(10);
 
 /// Notes of a run that are kept for the answer.
 const MAX_NOTES: usize = 40;
@@ -73,16 +76,19 @@ pub async fn run(
     let mut alive = Instant::now();
     let mut kill_at: Option<Instant> = None;
     let far = Instant::now() + Duration::from_hours(24 * 3650);
-    let stop_at = signals
-        .deadline
-        .and_then(|end| end.checked_sub(BEFORE_DEADLINE))
-        .unwrap_or(far);
+    let mut pace = Pace::new(signals.deadline);
     loop {
+        let stop_at = signals
+            .deadline
+            .map_or(far, |end| end.checked_sub(pace.margin()).unwrap_or(end));
         tokio::select! {
             line = trainer.next() => {
                 alive = Instant::now();
                 match line {
-                    Some(Line::Event(event)) => tell(&event, &mut ran, reports, &gpu, log),
+                    Some(Line::Event(event)) => {
+                        pace.note(&event, alive);
+                        tell(&event, &mut ran, reports, &gpu, log);
+                    }
                     Some(Line::Ending(ending)) => {
                         ran.ending = ending;
                         break;
@@ -105,7 +111,8 @@ pub async fn run(
                 }
             }
             () = sleep_until(stop_at), if kill_at.is_none() => {
-                log.warn("the job's time is nearly over");
+                let margin = pace.margin().as_secs();
+                log.warn(&format!("the job's time is over in {margin} s; it is stopped and saved now"));
                 signals.ends.end(Reason::Deadline);
             }
             () = sleep_until(kill_at.unwrap_or(far)) => {
@@ -129,6 +136,48 @@ pub async fn run(
         trainer.kill().await;
     }
     Ok(ran)
+}
+
+/// How long a step and a checkpoint take, and what has to be left of a job's time for both.
+#[derive(Debug)]
+struct Pace {
+    least: Duration,
+    step: Duration,
+    save: Duration,
+    last: Option<Instant>,
+}
+
+impl Pace {
+    fn new(deadline: Option<Instant>) -> Self {
+        let is_long = deadline.is_some_and(|end| end - Instant::now() > LONG);
+        let least = if is_long {
+            BEFORE_LONG_DEADLINE
+        } else {
+            BEFORE_DEADLINE
+        };
+        Self {
+            least,
+            step: Duration::ZERO,
+            save: Duration::ZERO,
+            last: None,
+        }
+    }
+
+    fn note(&mut self, event: &Event, now: Instant) {
+        let took = self.last.map_or(Duration::ZERO, |last| now - last);
+        match event {
+            Event::Step(_) => self.step = self.step.max(took),
+            Event::Saved { .. } => self.save = self.save.max(took),
+            Event::Started { .. } => {}
+            Event::Note { .. } | Event::Warning { .. } | Event::Exported { .. } => return,
+        }
+        self.last = Some(now);
+    }
+
+    /// The step it is at may have just begun, and the next one may be longer.
+    fn margin(&self) -> Duration {
+        self.least + 2 * self.step + self.save
+    }
 }
 
 fn tell(event: &Event, ran: &mut Ran, reports: &Reports, gpu: &Gpu, log: &Log) {
@@ -172,5 +221,31 @@ fn tell(event: &Event, ran: &mut Ran, reports: &Reports, gpu: &Gpu, log: &Log) {
             reports.change(|status| status.stage = "training");
         }
         Event::Exported { .. } => reports.change(|status| status.at("saving", 95.0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_run_is_stopped_earlier() {
+        let begun = Instant::now();
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        let mut pace = Pace::new(Some(after(3600)));
+        assert_eq!(pace.margin(), Duration::from_mins(2));
+        let step = || Event::Step(crate::train::events::StepMetrics::default());
+        let started = Event::Started {
+            completed: 0,
+            total_steps: 9,
+        };
+        let path = std::path::PathBuf::new();
+        pace.note(&started, after(0));
+        pace.note(&step(), after(90));
+        pace.note(&Event::Saved { path }, after(135));
+        pace.note(&step(), after(165));
+        assert_eq!(pace.margin(), Duration::from_secs(120 + 2 * 90 + 45));
+        let short = Pace::new(Some(after(300)));
+        assert_eq!(short.margin(), Duration::from_mins(1));
     }
 }

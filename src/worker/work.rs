@@ -97,7 +97,7 @@ impl Work<'_> {
         });
         let (answer, delivery) = match (stored(), &lease) {
             (Some(answer), _) => (answer, None),
-            (None, Some(lease)) => self.held(lease).await,
+            (None, Some(lease)) => Box::pin(self.held(lease)).await,
             (None, None) => (self.ended(ends.reason().unwrap_or(Reason::Shutdown)), None),
         };
         watch.abort();

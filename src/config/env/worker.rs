@@ -57,6 +57,9 @@ pub struct WorkerEnv {
     pub state_dir: Option<PathBuf>,
     /// `BRIGHTRUN_WEBHOOK_SECRET`: callbacks are signed with it.
     pub webhook_secret: Secret,
+    /// `BRIGHTRUN_CALLBACK_HOSTS`, separated by `,`: the only hosts, beside the project's own, that jobs may name for callbacks; any
+    /// public one where it is absent.
+    pub callback_hosts: Option<Vec<String>>,
     /// `BRIGHTRUN_CALLBACK_AUTH`: value of `Authorization` of callbacks.
     pub callback_auth: Secret,
     /// `BRIGHTRUN_ALLOW_PRIVATE_URLS`, `1`: jobs may name http and private addresses. For tests.
@@ -120,6 +123,11 @@ impl WorkerEnv {
             hub_url: get("HF_ENDPOINT"),
             state_dir: get("BRIGHTRUN_STATE_DIR").map(PathBuf::from),
             webhook_secret: secret("BRIGHTRUN_WEBHOOK_SECRET"),
+            callback_hosts: get("BRIGHTRUN_CALLBACK_HOSTS").map(|list| {
+                list.split(',')
+                    .map(|host| host.trim().to_lowercase())
+                    .collect()
+            }),
             callback_auth: secret("BRIGHTRUN_CALLBACK_AUTH"),
             allow_private_urls: flag("BRIGHTRUN_ALLOW_PRIVATE_URLS"),
             device: get("BRIGHTRUN_DEVICE"),

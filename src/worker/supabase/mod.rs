@@ -83,6 +83,15 @@ impl Supabase {
         &self.storage_url
     }
 
+    /// Whether `url` is on this project's own hosts.
+    pub fn owns(&self, url: &Url) -> bool {
+        let direct = direct_storage(&self.url);
+        let own = [Some(&self.url), Some(&self.storage_url), direct.as_ref()];
+        own.into_iter()
+            .flatten()
+            .any(|own| own.origin() == url.origin())
+    }
+
     /// A request with the key. Keys of the new kind (`sb_secret_`) are no web tokens: as a bearer they would be refused.
     fn request(&self, method: Method, url: Url) -> RequestBuilder {
         let request = self
