@@ -94,6 +94,9 @@ impl Observer for Console {
         match event {
             Event::Note { text } => self.line(text),
             Event::Warning { text } => self.line(&format!("warning: {text}")),
+            Event::Loading { layer, num_layers } => {
+                self.line(&format!("base weights: layer {layer} of {num_layers}"));
+            }
             Event::Started {
                 completed,
                 total_steps,

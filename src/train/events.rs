@@ -42,6 +42,13 @@ pub enum Event {
         /// Text.
         text: String,
     },
+    /// Base weights are being read; told every few seconds.
+    Loading {
+        /// Layer it is at, from 1.
+        layer: usize,
+        /// All layers.
+        num_layers: usize,
+    },
     /// The first step is about to begin.
     Started {
         /// Steps done in an earlier run.

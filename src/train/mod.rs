@@ -3,6 +3,7 @@
 pub mod buffers;
 pub mod checkpoint;
 pub mod events;
+mod loading;
 pub mod memory;
 mod metrics;
 mod prepare;

@@ -7,6 +7,7 @@ use fs_err as fs;
 
 use super::checkpoint::{Checkpoints, State};
 use super::events::{Event, Observer, StepMetrics};
+use super::loading::Watched;
 use super::memory::Planner;
 use super::metrics::MetricsFile;
 use super::prepare::{Prepared, eval_packing, settings};
@@ -119,10 +120,11 @@ fn load(
     let mut store = QuantizedStore::new(prepared.weights.clone(), QuantizePolicy::new(config));
     let settings = AdapterSettings::new(config);
     let positions = prepared.num_positions();
-    let mut source = Placed {
+    let source = Placed {
         source: &mut store,
         ops: &*ops,
     };
+    let mut source = Watched::new(source, observer, prepared.model.layers.len());
     let decoder = weights::load(&prepared.model, &mut source, settings, positions)?;
     store.verify()?;
     let text = format!("base weights: {}", store.counts());

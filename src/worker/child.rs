@@ -12,12 +12,16 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
 use super::log::Log;
+use super::net::Cancel;
 use crate::train::events::Event;
 
 /// Characters that are kept of what the trainer says besides its events.
 const LAST_WORDS: usize = 2000;
 /// Longest time a run of an earlier worker takes to notice that it is alone.
 const PREDECESSOR: Duration = Duration::from_mins(5);
+
+/// Time for a killed process to end.
+const KILLED: Duration = Duration::from_secs(30);
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,8 +81,10 @@ impl Trainer {
         config: &Path,
         output_dir: &Path,
         log: &Log,
+        cancel: &Cancel,
     ) -> std::io::Result<Self> {
-        wait_for_predecessor(output_dir, log).await;
+        // Cancelled, the trainer is started all the same, to be stopped at once.
+        let _ = cancel.or(wait_for_predecessor(output_dir, log)).await;
         let mut child = Command::new(exe)
             .arg("train-job")
             .arg(config)
@@ -134,10 +140,11 @@ impl Trainer {
         if self.ended {
             return None;
         }
-        self.ended = true;
         let status = self.child.wait().await.ok();
         let words = tokio::time::timeout(Duration::from_secs(5), &mut self.last_words).await;
         let words = words.ok().and_then(Result::ok).unwrap_or_default();
+        // Not before: where this future is dropped at a wait, the next one waits again.
+        self.ended = true;
         Some(Line::Ending(died(status, words.trim())))
     }
 
@@ -151,9 +158,12 @@ impl Trainer {
         self.signal(rustix::process::Signal::USR1);
     }
 
-    /// Ends it, and waits until its memory is free.
-    pub async fn kill(&mut self) {
-        let _ = self.child.kill().await;
+    /// Ends it, and waits until its memory is free; not for ever: a process that hangs in a driver does not end.
+    pub async fn kill(&mut self, log: &Log) {
+        let killed = tokio::time::timeout(KILLED, self.child.kill()).await;
+        if killed.is_err() {
+            log.error("the trainer does not end: it hangs in the driver");
+        }
     }
 
     /// Waits until the process is gone.

@@ -98,9 +98,14 @@ impl Context {
         })
     }
 
+    /// Where volumes may be mounted.
+    pub fn volumes(&self) -> Vec<PathBuf> {
+        volumes(&self.env)
+    }
+
     /// Where base models may lie: beside the state too, where they are downloaded to if there is no volume.
     pub fn roots(&self) -> Roots {
-        let mut volumes = volumes(&self.env);
+        let mut volumes = self.volumes();
         volumes.push(self.state.root().to_owned());
         Roots {
             model_path: self.env.model_path.clone(),

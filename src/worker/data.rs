@@ -51,13 +51,13 @@ pub async fn get(
         // Its signature is over, or it waited too long in the queue.
         Err(error) if error.kind == Kind::Expired => {
             let signed = sign_anew(context, job, url).await;
-            let Some(url) = signed else {
+            let url = signed.map_err(|reason| {
                 let text = format!(
-                    "dataset_url_expired: {}; sign it for longer than the job may wait",
+                    "dataset_url_expired: {}; sign it for longer than the job may wait ({reason})",
                     error.message
                 );
-                return Err(Error::new(Kind::Expired, text));
-            };
+                Error::new(Kind::Expired, text)
+            })?;
             log.info("the address of the data set had expired; it was signed anew");
             download(context, &url, &to, cancel).await?
         }
@@ -96,26 +96,30 @@ async fn download(context: &Context, url: &str, to: &Path, cancel: &Cancel) -> R
     Ok(fetched.bytes)
 }
 
-/// Signs the object of the data set again: the one the row names, else the one the expired address names.
-async fn sign_anew(context: &Context, job: &Job, url: &str) -> Option<String> {
-    let supabase = context.supabase.as_ref()?;
-    let of_row = Row::new(supabase, &job.id)
-        .read()
-        .await
-        .ok()
-        .flatten()
-        .and_then(|row| {
-            let path = row.get("dataset_file_path").and_then(Value::as_str)?;
-            let path = path.trim_start_matches('/');
-            let bucket = BUCKETS[0];
-            let path = path
-                .strip_prefix(bucket)
-                .and_then(|rest| rest.strip_prefix('/'))
-                .unwrap_or(path);
-            (!path.is_empty()).then(|| (bucket.to_owned(), path.to_owned()))
-        });
-    let (bucket, path) = of_row.or_else(|| object_of(url, supabase))?;
-    supabase.sign(&bucket, &path, SIGNED_S).await.ok()
+/// Signs the object of the data set again: the one the row names, else the one the expired address names. Else why not.
+async fn sign_anew(context: &Context, job: &Job, url: &str) -> Result<String, String> {
+    let Some(supabase) = &context.supabase else {
+        return Err("without SUPABASE_URL the worker cannot sign it anew".to_owned());
+    };
+    let row = Row::new(supabase, &job.id).read().await.ok().flatten();
+    let of_row = row.and_then(|row| {
+        let path = row.get("dataset_file_path").and_then(Value::as_str)?;
+        let path = path.trim_start_matches('/');
+        let bucket = BUCKETS[0];
+        let below = path.strip_prefix(bucket);
+        let path = below
+            .and_then(|rest| rest.strip_prefix('/'))
+            .unwrap_or(path);
+        (!path.is_empty()).then(|| (bucket.to_owned(), path.to_owned()))
+    });
+    let mut reason = "neither the row nor the address names a data set of this project".to_owned();
+    for (bucket, path) in of_row.into_iter().chain(object_of(url, supabase)) {
+        match supabase.sign(&bucket, &path, SIGNED_S).await {
+            Ok(url) => return Ok(url),
+            Err(error) => reason = format!("signing it anew: {error}"),
+        }
+    }
+    Err(reason)
 }
 
 /// Bucket and path of a signed address of this project's own storage. Only of the buckets that data sets are in: whoever may submit a

@@ -15,7 +15,7 @@ use crate::store::locate::is_hub_id;
 pub enum IdentityError {
     /// It is another one.
     #[error(
-        "the job asks for base model `{id}`, but {} holds another one: {}; ask for that one, or point MODEL_PATH to the right one \
+        "the job asks for base model `{id}`, but {} does not hold it: {}; ask for that one, or point MODEL_PATH to the right one \
          (or unset it)",
         dir.display(), reasons.join(", ")
     )]
@@ -35,7 +35,7 @@ pub enum IdentityError {
 /// What speaks for the model being the one that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// Evidence, such as its shape; empty: nothing spoke for or against.
+    /// Evidence, such as its shape; never empty.
     pub evidence: Vec<String>,
     /// What a person should know.
     pub notes: Vec<String>,
@@ -56,6 +56,12 @@ pub fn check(id: &str, dir: &Path) -> Result<Identity, IdentityError> {
     found.compare_directory(id, dir);
     found.compare_name(id, &config, is_own_snapshot);
     found.compare_shape(id, &config);
+    if found.evidence.is_empty() && found.against.is_empty() {
+        let name = last(id);
+        found.against.push(format!(
+            "nothing says that it is `{id}`; where it is, name its directory `{name}`"
+        ));
+    }
     if !found.against.is_empty() {
         return Err(IdentityError::Mismatch {
             id: id.to_owned(),

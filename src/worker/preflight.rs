@@ -67,9 +67,8 @@ pub async fn check(context: &Context, wishes: &Wishes) -> Vec<Finding> {
 }
 
 fn mounts(context: &Context) -> Verdict {
-    let told: Vec<String> = context
-        .roots()
-        .volumes
+    let volumes = context.volumes();
+    let told: Vec<String> = volumes
         .iter()
         .map(|path| match (path.is_dir(), free_bytes(path)) {
             (true, Ok(free)) => format!("{} ({:.1} GB free)", path.display(), free as f64 / 1e9),
@@ -77,7 +76,7 @@ fn mounts(context: &Context) -> Verdict {
             (false, _) => format!("{} is not there", path.display()),
         })
         .collect();
-    let any = context.roots().volumes.iter().any(|path| path.is_dir());
+    let any = volumes.iter().any(|path| path.is_dir());
     let told = told.join(", ");
     if any {
         return Verdict::Good(told);

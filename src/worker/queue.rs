@@ -17,6 +17,10 @@ use super::upstream::Upstream;
 
 /// An empty answer that came faster is not asked for again at once.
 const FLOOR: Duration = Duration::from_millis(250);
+/// Time for an answer that is under way when the worker is asked to stop.
+const HANDED_OUT: Duration = Duration::from_secs(1);
+/// Between two answers of the stop channel that say nothing new.
+const STOPS_PAUSE: Duration = Duration::from_secs(1);
 /// A stop channel that is not there is asked at most so seldom.
 const STOPS_AWAY: Duration = Duration::from_mins(1);
 
@@ -92,8 +96,15 @@ async fn take_jobs(
         // What was to be stopped is over; the same job may come again.
         while stopped.try_recv().is_ok() {}
         let asked = Instant::now();
-        let Ok(take) = draining.or(platform.take()).await else {
-            break;
+        let mut taking = Box::pin(platform.take());
+        let take = tokio::select! {
+            biased;
+            take = &mut taking => take,
+            // A job that is being handed out at this moment would be lost.
+            () = draining.cancelled() => match tokio::time::timeout(HANDED_OUT, taking).await {
+                Ok(take) => take,
+                Err(_) => break,
+            },
         };
         let wait = match take {
             Take::Jobs(taken) => {
@@ -208,16 +219,24 @@ async fn hear_stops(
         log.warn("RUNPOD_WEBHOOK_GET_JOB has no `/job-take/`: cancelled jobs cannot be told");
         return;
     };
-    let mut backoff = Backoff::new(Duration::from_secs(1), STOPS_AWAY);
+    let mut backoff = Backoff::new(STOPS_PAUSE, STOPS_AWAY);
+    let mut before = Vec::new();
     loop {
         match platform.stops(&url).await {
             Ok(ids) => {
                 backoff.reset();
+                if ids.is_empty() || ids == before {
+                    tokio::time::sleep(STOPS_PAUSE).await;
+                }
+                before.clone_from(&ids);
                 if !ids.is_empty() && to.send(ids).is_err() {
                     return;
                 }
             }
-            Err((wait, None)) => tokio::time::sleep(wait).await,
+            Err((wait, None)) => {
+                backoff.reset();
+                tokio::time::sleep(wait).await;
+            }
             Err((_, Some(reason))) => {
                 if backoff.failures() == 0 {
                     log.warn(&reason);

@@ -63,10 +63,14 @@ pub async fn run(
     signals: &Signals,
     log: &Log,
 ) -> std::io::Result<Ran> {
-    let mut trainer = Trainer::start(&context.exe, config, output_dir, log).await?;
+    let started = Trainer::start(&context.exe, config, output_dir, log, signals.ends.cancel());
+    let mut trainer = started.await?;
     let gpu = Gpu::open();
     let mut ran = Ran {
-        ending: Ending::Stopped { completed: 0 },
+        ending: Ending::Failed {
+            exit_code: 1,
+            message: "the trainer is gone".to_owned(),
+        },
         training_s: 0.0,
         epochs: 0.0,
         warnings: Vec::new(),
@@ -97,9 +101,15 @@ pub async fn run(
                 }
             }
             () = signals.ends.cancel().cancelled(), if kill_at.is_none() => {
-                log.info("stopping the trainer after the step it is at");
-                trainer.stop();
-                kill_at = Some(Instant::now() + GRACE);
+                let has_begun = reports.status().total_steps > 0;
+                if has_begun {
+                    log.info("stopping the trainer after the step it is at");
+                    trainer.stop();
+                } else {
+                    log.info("stopping the trainer, which is at no step yet");
+                }
+                // Before its first step it has nothing to save, and does not listen.
+                kill_at = Some(Instant::now() + if has_begun { GRACE } else { Duration::ZERO });
             }
             () = signals.draining.cancelled(), if !is_saved => {
                 is_saved = true;
@@ -116,12 +126,12 @@ pub async fn run(
                 signals.ends.end(Reason::Deadline);
             }
             () = sleep_until(kill_at.unwrap_or(far)) => {
-                log.warn("the trainer did not stop in time; it is killed");
-                trainer.kill().await;
+                log.info("the trainer is killed");
+                trainer.kill(log).await;
                 kill_at = Some(far);
             }
             () = sleep_until(alive + context.env.watchdog) => {
-                trainer.kill().await;
+                trainer.kill(log).await;
                 let seconds = context.env.watchdog.as_secs();
                 ran.ending = Ending::Failed {
                     exit_code: 1,
@@ -133,7 +143,7 @@ pub async fn run(
     }
     // Its memory is free when it is gone.
     if tokio::time::timeout(GRACE, trainer.wait()).await.is_err() {
-        trainer.kill().await;
+        trainer.kill(log).await;
     }
     Ok(ran)
 }
@@ -169,7 +179,10 @@ impl Pace {
             Event::Step(_) => self.step = self.step.max(took),
             Event::Saved { .. } => self.save = self.save.max(took),
             Event::Started { .. } => {}
-            Event::Note { .. } | Event::Warning { .. } | Event::Exported { .. } => return,
+            Event::Note { .. }
+            | Event::Warning { .. }
+            | Event::Loading { .. }
+            | Event::Exported { .. } => return,
         }
         self.last = Some(now);
     }
@@ -196,6 +209,11 @@ fn tell(event: &Event, ran: &mut Ran, reports: &Reports, gpu: &Gpu, log: &Log) {
         Event::Warning { text } => {
             log.warn(text);
             ran.warnings.push(log.redact(text));
+        }
+        Event::Loading { layer, num_layers } => {
+            let share = *layer as f64 / (*num_layers).max(1) as f64;
+            log.info(&format!("base weights: layer {layer} of {num_layers}"));
+            reports.change(|status| status.at("preparing", 15.0 + 10.0 * share));
         }
         Event::Started {
             completed,

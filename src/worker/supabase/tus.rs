@@ -59,7 +59,7 @@ impl Supabase {
         size: u64,
         on_progress: OnProgress<'_>,
     ) -> Result<()> {
-        let deadline = Instant::now() + upload.deadline;
+        let mut deadline = Instant::now() + upload.deadline;
         let sha256 = file_sha256(&upload.file)
             .await
             .map_err(|e| ServiceError::of_io(&e))?;
@@ -79,6 +79,8 @@ impl Supabase {
             match pieces.step().await {
                 Ok(offset) => {
                     backoff.reset();
+                    // What goes on, however slowly, is not given up.
+                    deadline = Instant::now() + upload.deadline;
                     on_progress(offset, Some(size));
                     if offset == size {
                         return pieces.forget();
