@@ -13,3 +13,4 @@ mod kills;
 mod local;
 mod memory;
 mod path;
+mod upload;
