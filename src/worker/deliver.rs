@@ -363,7 +363,7 @@ impl Delivery {
         match written.await.map_err(stuck)? {
             Updated::Cancelled => return Err(Stuck::Cancelled),
             Updated::Missing => return Ok(()),
-            Updated::Yes => {}
+            Updated::Yes | Updated::Contested => {}
         }
         let is_settled = |row: &Map<String, Value>| {
             is_delivered(row) || row.get("status").and_then(Value::as_str) == Some("cancelled")

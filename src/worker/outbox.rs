@@ -37,7 +37,7 @@ async fn empty(context: &Context, upstream: &Upstream) {
         };
         let log = context.log.of_job(&delivery.runpod_id);
         let (lost, was_lost) = Canceller::new();
-        let Ok(Some(lease)) = context.holder.acquire(&dir, &log, &lost).await else {
+        let Ok(Some(lease)) = context.holder.acquire(&dir, &log, &lost) else {
             continue;
         };
         // As the last holder left it.
@@ -81,7 +81,7 @@ async fn empty(context: &Context, upstream: &Upstream) {
 /// Removes what is left of a job that is over, so that the volume does not fill.
 async fn forget(context: &Context, id: &str, dir: &JobDir) {
     let (lost, _) = Canceller::new();
-    let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost).await else {
+    let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost) else {
         return;
     };
     context

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! jobs/<job_id>/attempts.json   how often it was begun, and how far it got
-//!               lease.json      which worker is at it
+//!               lease-3.json    which worker is at it, the third
 //!               dataset.jsonl   what it trains on
 //!               train.yml       its settings
 //!               run/            checkpoints, metrics, adapter
@@ -160,13 +160,7 @@ impl JobDir {
 
     /// Whether nothing of it was written for `age`.
     pub fn is_older_than(&self, age: Duration) -> bool {
-        let names = [
-            "attempts.json",
-            "delivery.json",
-            "result.json",
-            "lease.json",
-            "",
-        ];
+        let names = ["attempts.json", "delivery.json", "result.json", ""];
         let written = |name: &&str| self.path(name).metadata().ok()?.modified().ok();
         let newest = names.iter().filter_map(written).max();
         newest.is_some_and(|at| at.elapsed().is_ok_and(|since| since > age))

@@ -158,7 +158,10 @@ impl Work<'_> {
                 (self.failed(OUT_OF_TIME, status, row.as_ref()).await, None)
             }
             Err(Failure::Ended(reason)) => {
-                self.tell_end("training.cancelled", &status).await;
+                // Else it goes on elsewhere: that is no end.
+                if matches!(reason, Reason::JobStop | Reason::Row | Reason::Callback) {
+                    self.tell_end("training.cancelled", &status).await;
+                }
                 (self.ended(reason), None)
             }
             Err(Failure::Failed(reason)) => {
@@ -214,7 +217,7 @@ impl Work<'_> {
         });
         let to = To {
             upstream: ((*upstream).clone(), taken.id.clone()),
-            row,
+            row: row.map(|row| (row, context.env.lease)),
             callback,
         };
         Reports::start(

@@ -13,4 +13,5 @@ mod kills;
 mod local;
 mod memory;
 mod path;
+mod twins;
 mod upload;
