@@ -23,6 +23,7 @@ pub mod local;
 pub mod log;
 pub mod model;
 pub mod net;
+pub mod news;
 pub mod outbox;
 pub mod ping;
 pub mod platform;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::deliver::{self, Delivery, Stuck};
 use super::net::Canceller;
+use super::news;
 use super::platform::Posted;
 use super::state::JobDir;
 use super::upstream::Upstream;
@@ -30,7 +31,9 @@ async fn empty(context: &Context, upstream: &Upstream) {
             (!delivery.is_done() && !delivery.stopped).then_some(delivery)
         };
         let Some(delivery) = pending() else {
-            if dir.is_older_than(context.env.keep) {
+            if news::is_there(&dir) {
+                tell(context, &dir).await;
+            } else if dir.is_older_than(context.env.keep) {
                 forget(context, &id, &dir).await;
             }
             continue;
@@ -63,6 +66,7 @@ async fn empty(context: &Context, upstream: &Upstream) {
                 continue;
             }
         }
+        news::forget(&dir);
         if let Err(error) = delivery.store(&dir) {
             log.warn(&error);
         }
@@ -74,6 +78,15 @@ async fn empty(context: &Context, upstream: &Upstream) {
                 .await
         };
         delivery.finish(&posted, context, &dir, &log).await;
+        drop(lease);
+    }
+}
+
+/// Tells the end of a job that nobody heard of.
+async fn tell(context: &Context, dir: &JobDir) {
+    let (lost, _) = Canceller::new();
+    if let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost) {
+        news::again(context, dir, &context.log).await;
         drop(lease);
     }
 }

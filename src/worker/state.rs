@@ -7,6 +7,7 @@
 //!               train.yml       its settings
 //!               run/            checkpoints, metrics, adapter
 //!               delivery.json   what is trained and how much of it is delivered: the outbox
+//!               event.json      the end of a job without an adapter, until its callback has heard of it
 //!               result.json     what was answered
 //! ```
 

@@ -7,6 +7,7 @@
 )]
 
 mod cancel;
+mod events;
 mod faults;
 mod harness;
 mod kills;
