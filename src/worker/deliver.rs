@@ -19,6 +19,7 @@ use super::row::{Row, Updated, is_delivered};
 use super::state::{JobDir, Stored};
 use super::status::whole;
 use super::supabase::{ServiceError, Supabase, Upload};
+use crate::config::Secret;
 
 /// File of a job's directory that says what is trained and how much of it is delivered.
 pub const FILE: &str = "delivery.json";
@@ -425,6 +426,9 @@ impl Delivery {
             .callback_url
             .as_deref()
             .map(|url| context.callback(url));
+        if let Some(url) = &self.callback_url {
+            log.hide(&Secret::new(url));
+        }
         let (Some(Ok(callback)), Some(output)) = (callback, self.output.clone()) else {
             self.told = true;
             return;

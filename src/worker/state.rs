@@ -111,7 +111,7 @@ impl JobDir {
         serde_json::from_slice(&bytes).ok()
     }
 
-    /// Writes a file of it, at once and to the disk.
+    /// Writes a file of it, at once and to the disk. Only this user can read it: addresses of callbacks and of files hold tokens.
     ///
     /// # Errors
     /// Those of the file system.
@@ -119,7 +119,7 @@ impl JobDir {
         let path = self.path(name);
         let text = serde_json::to_vec_pretty(value);
         let text = text.map_err(|error| Error::format(&path, error.to_string()))?;
-        Durable::default().replace(&path, &text)
+        Durable::default().replace_private(&path, &text)
     }
 
     /// What was answered.
@@ -190,6 +190,16 @@ mod tests {
         let further = job.begin().unwrap();
         assert_eq!((further.count, further.total, further.step), (1, 3, 4));
         assert_eq!(job.begin().unwrap().count, 2);
+    }
+
+    #[test]
+    fn files_are_for_this_user_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let job = State::open(dir.path()).unwrap().job("j1").unwrap();
+        job.write("delivery.json", &1).unwrap();
+        let mode = job.path("delivery.json").metadata().unwrap().permissions();
+        assert_eq!(mode.mode() & 0o777, 0o600);
     }
 
     #[test]

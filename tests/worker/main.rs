@@ -14,5 +14,6 @@ mod kills;
 mod local;
 mod memory;
 mod path;
+mod secrets;
 mod twins;
 mod upload;
