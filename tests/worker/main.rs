@@ -9,6 +9,7 @@
 mod cancel;
 mod events;
 mod faults;
+mod floods;
 mod harness;
 mod kills;
 mod local;
