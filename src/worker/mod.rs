@@ -28,6 +28,7 @@ pub mod outbox;
 pub mod ping;
 pub mod platform;
 pub mod preflight;
+pub mod probe;
 pub mod queue;
 pub mod report;
 pub mod row;

@@ -15,6 +15,7 @@ mod kills;
 mod local;
 mod memory;
 mod path;
+mod probe;
 mod secrets;
 mod twins;
 mod upload;
