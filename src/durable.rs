@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use fs_err as fs;
+use fs_err::os::unix::fs::OpenOptionsExt as _;
 
 use crate::error::Result;
 
@@ -42,7 +43,10 @@ impl Durable {
     /// Those of the file system, naming the path.
     pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         self.step();
-        let mut file = fs::File::create(path)?;
+        self.fill(fs::File::create(path)?, bytes)
+    }
+
+    fn fill(&self, mut file: fs::File, bytes: &[u8]) -> Result<()> {
         reserve(&file, bytes.len())?;
         let (first, second) = bytes.split_at(bytes.len() / 2);
         file.write_all(first)?;
@@ -60,6 +64,19 @@ impl Durable {
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let partial = partial_of(path);
         self.write(&partial, bytes)?;
+        self.rename(&partial, path)
+    }
+
+    /// The same, with a file that this user alone can read.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn replace_private(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let partial = partial_of(path);
+        self.step();
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        self.fill(options.open(&partial)?, bytes)?;
         self.rename(&partial, path)
     }
 

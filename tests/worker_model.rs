@@ -593,10 +593,17 @@ fn another_model_is_refused_by_name() {
 }
 
 #[test]
-fn an_unknown_model_passes_with_a_note() {
+fn an_unknown_model_passes_with_a_note_where_something_names_it() {
     let notes = |id: &str, name: &str, changes: Value| identified(id, name, changes).unwrap();
-    let unknown = notes("org/unknown", "m", json!({}));
-    assert!(unknown.evidence.is_empty());
+    let nameless = identified("org/unknown", "m", json!({})).unwrap_err();
+    let said = nameless.to_string();
+    assert!(
+        said.contains(
+            "nothing says that it is `org/unknown`; where it is, name its directory `unknown`"
+        ),
+        "{said}"
+    );
+    let unknown = notes("org/unknown", "unknown", json!({}));
     assert!(unknown.notes[0].contains("the shape of `org/unknown` is not known here"));
     let named = notes(
         "org/unknown",
@@ -612,7 +619,7 @@ fn an_unknown_model_passes_with_a_note() {
     );
     let tuned = notes(
         "org/unknown",
-        "m",
+        "unknown",
         json!({"_name_or_path": "mistralai/Mistral-7B-v0.1"}),
     );
     assert!(
@@ -621,9 +628,13 @@ fn an_unknown_model_passes_with_a_note() {
     );
     // A path says nothing.
     assert_eq!(
-        notes("org/unknown", "m", json!({"_name_or_path": "/home/u/m"}))
-            .notes
-            .len(),
+        notes(
+            "org/unknown",
+            "unknown",
+            json!({"_name_or_path": "/home/u/m"})
+        )
+        .notes
+        .len(),
         1
     );
     // Its own snapshot, made from a known one.

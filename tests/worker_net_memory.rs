@@ -1,4 +1,4 @@
-//! A 300 MB file comes, and 100 MB go and are read back, without the process growing by them.
+//! A 300 MB file comes, 100 MB go and are read back, and what has no end is left at 100 MB, without the process growing by them.
 //!
 //! Alone in its file: the resident set is the process's.
 
@@ -7,10 +7,12 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 use brightrun::worker::net::fetch::{Limits, Via, fetch};
-use brightrun::worker::net::{Cancel, Guard, Policy};
+use brightrun::worker::net::gzip::{GzipCaps, decompress_if_gzip};
+use brightrun::worker::net::{Cancel, Guard, Kind, Policy};
 use brightrun::worker::secret::Secret;
 use brightrun::worker::supabase::{Supabase, Upload};
 use reqwest::header::HeaderMap;
@@ -67,6 +69,10 @@ fn while_open(mut stream: BufReader<TcpStream>, address: SocketAddr) -> Option<(
         }
         std::io::copy(&mut (&mut stream).take(length), &mut std::io::sink()).ok()?;
         let out = stream.get_mut();
+        if line.starts_with("GET /endless") {
+            write!(out, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n").ok()?;
+            std::io::copy(&mut std::io::repeat(0), out).ok()?;
+        }
         let empty = "Content-Length: 0\r\n";
         let bytes = if line.contains("/object/") {
             OBJECT_BYTES
@@ -162,11 +168,46 @@ async fn memory_stays_flat() {
     assert_eq!(error.code, "Mismatch");
     report.push(("verify", status_kb("VmHWM").saturating_sub(before)));
 
+    forget_peak();
+    leave_at_the_cap(address, folder.path()).await;
+    report.push(("floods", status_kb("VmHWM").saturating_sub(before)));
+
     println!("growth in KiB: {report:?}; resident before: {before} KiB");
     for (step, growth_kb) in report {
         assert!(
             growth_kb < GROWTH_KB,
             "{step} grew the process by {growth_kb} KiB"
         );
+    }
+}
+
+/// A stream without end or length, and a packed file that unpacks to more, are left at the cap.
+async fn leave_at_the_cap(address: SocketAddr, folder: &Path) {
+    let (guard, never) = (Guard::new(Policy::AllowPrivate), Cancel::never());
+    let limits = Limits {
+        max_bytes: OBJECT_BYTES,
+        ..Limits::default()
+    };
+    let (url, to) = (format!("http://{address}/endless"), folder.join("endless"));
+    let headers = HeaderMap::new();
+    let via = Via::Guard(&guard);
+    let error = fetch(via, &url, &headers, &to, &limits, &never, &mut |_, _| {})
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind, Kind::TooLarge, "{error}");
+    assert!(error.message.contains("does not end"), "{error}");
+
+    let path = folder.join("packed");
+    let file = fs_err::File::create(&path).unwrap();
+    let mut encoder = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+    std::io::copy(&mut std::io::repeat(0).take(FILE_BYTES), &mut encoder).unwrap();
+    encoder.finish().unwrap();
+    for max_ratio in [100, u64::MAX] {
+        let caps = GzipCaps {
+            max_bytes: OBJECT_BYTES,
+            max_ratio,
+        };
+        let error = decompress_if_gzip(&path, caps, &never).await.unwrap_err();
+        assert_eq!(error.kind, Kind::TooLarge, "{error}");
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use brightrun::config::{Env, Secret, WorkerEnv};
+use brightrun::config::{Env, Secret, WorkerEnv, variable_names};
 use brightrun::error::{Error, Result};
 use brightrun::worker::context::Context;
 use brightrun::worker::log::{Level, Log};
@@ -13,6 +13,7 @@ use brightrun::worker::net::Cancel;
 use brightrun::worker::ping::{self, InProgress};
 use brightrun::worker::platform::Platform;
 use brightrun::worker::preflight::{self, Verdict, Wishes};
+use brightrun::worker::probe::Probe;
 use brightrun::worker::queue::{self, End};
 use brightrun::worker::{fitness, local};
 use serde_json::{Value, json};
@@ -63,6 +64,9 @@ pub(super) struct WorkerArguments {
     /// Accepted and not used: one job runs at a time.
     #[arg(long = "rp_api_concurrency", default_value_t = 1, hide = true)]
     _concurrency: u32,
+    /// Record in the state directory how the platform behaves: times and statuses, no values.
+    #[arg(long = "rp_probe")]
+    probe: bool,
     /// ERROR, WARN, INFO or DEBUG.
     #[arg(long = "rp_log_level", value_name = "LEVEL")]
     log_level: Option<String>,
@@ -146,7 +150,17 @@ fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
         let queue =
             Platform::new(&env.runpod, &worker_id).map_err(|reason| bad("environment", reason))?;
         match (&arguments.test_input, queue) {
-            (None, Some(platform)) => Ok(serve_queue(&context, &platform, &draining).await),
+            (None, Some(platform)) => {
+                let probe = probe(arguments, &context)?;
+                let platform = platform.with_probe(probe.clone());
+                let counting = tokio::spawn(count_grace(probe.clone(), draining.clone()));
+                let code = serve_queue(&context, &platform, &draining).await;
+                if draining.is_cancelled() && probe.is_on() {
+                    // What comes after SIGTERM is to be seen.
+                    let _ = counting.await;
+                }
+                Ok(code)
+            }
             (Some(text), _) => once(&context, text, &draining).await,
             (None, None) if Path::new(TEST_INPUT).is_file() => {
                 once(&context, &fs_err::read_to_string(TEST_INPUT)?, &draining).await
@@ -157,6 +171,21 @@ fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
             }
         }
     })
+}
+
+fn probe(arguments: &WorkerArguments, context: &Context) -> Result<Probe> {
+    if !arguments.probe {
+        return Ok(Probe::default());
+    }
+    Ok(Probe::open(
+        context.state.root(),
+        &variable_names("RUNPOD_"),
+    )?)
+}
+
+async fn count_grace(probe: Probe, draining: Cancel) {
+    draining.cancelled().await;
+    probe.count_grace().await;
 }
 
 async fn serve_queue(context: &Context, platform: &Platform, draining: &Cancel) -> ExitCode {

@@ -6,7 +6,7 @@ pub mod model;
 mod reader;
 mod secret;
 
-pub use env::{Env, RunpodEnv, WorkerEnv};
+pub use env::{Env, RunpodEnv, WorkerEnv, variable_names};
 pub use reader::setting_name;
 #[cfg(feature = "worker")]
 pub(crate) use reader::{number, shown};

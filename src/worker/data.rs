@@ -10,7 +10,7 @@ use super::context::Context;
 use super::job::Job;
 use super::log::Log;
 use super::net::fetch::{Limits, Via, fetch};
-use super::net::gzip::{GzipCaps, decompress_if_gzip};
+use super::net::gzip::{GzipCaps, check_unpacked, decompress_if_gzip};
 use super::net::{Cancel, Error, Kind};
 use super::row::Row;
 use super::state::JobDir;
@@ -70,6 +70,7 @@ pub async fn get(
     let size = decompress_if_gzip(&to, caps, cancel)
         .await?
         .unwrap_or(fetched);
+    check_unpacked(&to)?;
     let noted = dir.write(FETCHED, &size);
     noted.map_err(|error| Error::new(Kind::Io, error.to_string()))?;
     log.info(&format!("data set: {size} bytes"));

@@ -19,6 +19,7 @@ use super::row::{Row, Updated, is_delivered};
 use super::state::{JobDir, Stored};
 use super::status::whole;
 use super::supabase::{ServiceError, Supabase, Upload};
+use crate::config::Secret;
 
 /// File of a job's directory that says what is trained and how much of it is delivered.
 pub const FILE: &str = "delivery.json";
@@ -32,8 +33,6 @@ const DISPATCHER: Duration = Duration::from_mins(1);
 const LOOK_AGAIN: Duration = Duration::from_secs(12);
 /// Time that the row is tried for before the platform is answered: a GPU waits.
 const ROW_PATIENCE: Duration = Duration::from_mins(1);
-/// Waits between tries of the last callback.
-const CALLBACK_WAITS: [u64; 6] = [0, 5, 30, 120, 300, 300];
 
 /// What was trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -363,7 +362,7 @@ impl Delivery {
         match written.await.map_err(stuck)? {
             Updated::Cancelled => return Err(Stuck::Cancelled),
             Updated::Missing => return Ok(()),
-            Updated::Yes => {}
+            Updated::Yes | Updated::Contested => {}
         }
         let is_settled = |row: &Map<String, Value>| {
             is_delivered(row) || row.get("status").and_then(Value::as_str) == Some("cancelled")
@@ -427,6 +426,9 @@ impl Delivery {
             .callback_url
             .as_deref()
             .map(|url| context.callback(url));
+        if let Some(url) = &self.callback_url {
+            log.hide(&Secret::new(url));
+        }
         let (Some(Ok(callback)), Some(output)) = (callback, self.output.clone()) else {
             self.told = true;
             return;
@@ -436,7 +438,12 @@ impl Delivery {
             unix_seconds: self.finished,
             ..Event::new(id, "training.completed", slim(output))
         };
-        self.told = tell(&callback, &event, context.env.retry, log).await;
+        let waits = &context.env.callback_waits;
+        self.told = tell(&callback, &event, waits, context.env.retry, log).await;
+        if self.told {
+            // It may hold a secret, and is not needed any more.
+            self.callback_url = None;
+        }
         if let Err(error) = self.save(job) {
             log.warn(&error);
         }
@@ -464,11 +471,17 @@ pub async fn settle(
     }
 }
 
-/// Sends an event until it is there, for `patience`. Whether it is settled: there, or never to be.
-pub async fn tell(callback: &Callback, event: &Event, patience: Duration, log: &Log) -> bool {
+/// Sends an event until it is there, after each of `waits`, for `patience`. Whether it is settled: there, or never to be.
+pub async fn tell(
+    callback: &Callback,
+    event: &Event,
+    waits: &[Duration],
+    patience: Duration,
+    log: &Log,
+) -> bool {
     let deadline = tokio::time::Instant::now() + patience;
-    for wait in CALLBACK_WAITS {
-        let until = tokio::time::Instant::now() + Duration::from_secs(wait);
+    for wait in waits {
+        let until = tokio::time::Instant::now() + *wait;
         if until > deadline {
             return false;
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::deliver::{self, Delivery, Stuck};
 use super::net::Canceller;
+use super::news;
 use super::platform::Posted;
 use super::state::JobDir;
 use super::upstream::Upstream;
@@ -30,14 +31,16 @@ async fn empty(context: &Context, upstream: &Upstream) {
             (!delivery.is_done() && !delivery.stopped).then_some(delivery)
         };
         let Some(delivery) = pending() else {
-            if dir.is_older_than(context.env.keep) {
+            if news::is_there(&dir) {
+                tell(context, &dir).await;
+            } else if dir.is_older_than(context.env.keep) {
                 forget(context, &id, &dir).await;
             }
             continue;
         };
         let log = context.log.of_job(&delivery.runpod_id);
         let (lost, was_lost) = Canceller::new();
-        let Ok(Some(lease)) = context.holder.acquire(&dir, &log, &lost).await else {
+        let Ok(Some(lease)) = context.holder.acquire(&dir, &log, &lost) else {
             continue;
         };
         // As the last holder left it.
@@ -63,6 +66,7 @@ async fn empty(context: &Context, upstream: &Upstream) {
                 continue;
             }
         }
+        news::forget(&dir);
         if let Err(error) = delivery.store(&dir) {
             log.warn(&error);
         }
@@ -78,10 +82,19 @@ async fn empty(context: &Context, upstream: &Upstream) {
     }
 }
 
+/// Tells the end of a job that nobody heard of.
+async fn tell(context: &Context, dir: &JobDir) {
+    let (lost, _) = Canceller::new();
+    if let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost) {
+        news::again(context, dir, &context.log).await;
+        drop(lease);
+    }
+}
+
 /// Removes what is left of a job that is over, so that the volume does not fill.
 async fn forget(context: &Context, id: &str, dir: &JobDir) {
     let (lost, _) = Canceller::new();
-    let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost).await else {
+    let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost) else {
         return;
     };
     context

@@ -1,6 +1,6 @@
 //! The queue of RunPod: jobs taken, stopped, reported, answered.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::net::backoff::Backoff;
 use super::net::error::cause;
 use super::net::time::{retry_after, unix_seconds};
+use super::probe::Probe;
 use crate::config::{RunpodEnv, Secret};
 use crate::http::client_builder;
 
@@ -29,6 +30,7 @@ pub struct Platform {
     get_job: String,
     post_output: String,
     key: Secret,
+    probe: Probe,
     /// This worker.
     pub worker_id: String,
 }
@@ -116,14 +118,21 @@ impl Platform {
             get_job: expand(get_job).replace("$ID", worker_id),
             post_output: expand(post_output),
             key: env.key.clone(),
+            probe: Probe::default(),
             worker_id: worker_id.to_owned(),
         }))
+    }
+
+    /// The same, with what the platform does recorded.
+    #[must_use]
+    pub fn with_probe(self, probe: Probe) -> Self {
+        Self { probe, ..self }
     }
 
     /// Asks for a job, being at none; returns when there is one, or when the platform ends the wait.
     pub async fn take(&self) -> Take {
         let url = with_query(&self.get_job, "job_in_progress=0");
-        let response = match self.get(&url).await {
+        let response = match self.get("job-take", &url).await {
             Ok(response) => response,
             // A wait that ends without an answer is an empty one.
             Err(error) if error.is_timeout() => return Take::Empty,
@@ -135,8 +144,8 @@ impl Platform {
             429 => Take::Floor(asked(&response).unwrap_or(THROTTLED)),
             status @ 300.. => Take::Failed(format!("job-take answered {status}")),
             _ => match response.json::<Value>().await {
-                Ok(Value::Array(jobs)) => Take::Jobs(jobs),
-                Ok(job @ Value::Object(_)) => Take::Jobs(vec![job]),
+                Ok(Value::Array(jobs)) => self.taken(jobs),
+                Ok(job @ Value::Object(_)) => self.taken(vec![job]),
                 _ => Take::Floor(Duration::from_secs(1)),
             },
         }
@@ -154,7 +163,7 @@ impl Platform {
     /// How long to wait, and why where it is worth a line.
     pub async fn stops(&self, url: &str) -> Result<Vec<String>, (Duration, Option<String>)> {
         let second = Duration::from_secs(1);
-        let response = match self.get(url).await {
+        let response = match self.get("job-stop", url).await {
             Ok(response) => response,
             Err(error) if error.is_timeout() => return Err((second, None)),
             Err(error) => return Err((second, Some(format!("job-stop: {}", cause(error))))),
@@ -180,7 +189,7 @@ impl Platform {
     /// Why it did not arrive.
     pub async fn progress(&self, id: &str, output: &Value) -> Result<(), String> {
         let body = json!({"status": "IN_PROGRESS", "output": output});
-        match self.post(id, &body, PROGRESS_TIMEOUT).await {
+        match self.post("progress", id, &body, PROGRESS_TIMEOUT).await {
             Ok(response) if response.status().is_success() => Ok(()),
             Ok(response) => Err(format!(
                 "progress was answered {}",
@@ -203,7 +212,7 @@ impl Platform {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
         let mut answer_was_lost = false;
         loop {
-            let why = match self.post(id, body, RESULT_TIMEOUT).await {
+            let why = match self.post("job-done", id, body, RESULT_TIMEOUT).await {
                 Ok(response) => {
                     let status = response.status();
                     match status.as_u16() {
@@ -238,15 +247,27 @@ impl Platform {
         }
     }
 
-    async fn get(&self, url: &str) -> reqwest::Result<Response> {
-        let request = self.client.get(url).timeout(LONG_POLL);
-        request
-            .header("Authorization", self.key.expose())
-            .send()
-            .await
+    fn taken(&self, jobs: Vec<Value>) -> Take {
+        jobs.iter().for_each(|job| self.probe.job(job));
+        Take::Jobs(jobs)
     }
 
-    async fn post(&self, id: &str, body: &Value, timeout: Duration) -> reqwest::Result<Response> {
+    async fn get(&self, name: &str, url: &str) -> reqwest::Result<Response> {
+        let request = self.client.get(url).timeout(LONG_POLL);
+        let request = request.header("Authorization", self.key.expose());
+        let begun = Instant::now();
+        let answer = request.send().await;
+        self.probe.request(name, begun, &answer);
+        answer
+    }
+
+    async fn post(
+        &self,
+        name: &str,
+        id: &str,
+        body: &Value,
+        timeout: Duration,
+    ) -> reqwest::Result<Response> {
         let url = with_query(&self.post_output.replace("$ID", id), "isStream=false");
         // The platform's own workers send JSON under this type.
         let request = self
@@ -257,7 +278,10 @@ impl Platform {
             .header("X-Request-ID", id)
             .header("Authorization", self.key.expose())
             .timeout(timeout);
-        request.body(body.to_string()).send().await
+        let begun = Instant::now();
+        let answer = request.body(body.to_string()).send().await;
+        self.probe.request(name, begun, &answer);
+        answer
     }
 }
 

@@ -15,8 +15,9 @@ use super::row::{Row, Updated};
 use super::status::Status;
 use super::upstream::Upstream;
 
-/// A row is touched at least so often.
+/// A row is touched at least so often, and this many times while a hold on a job lasts.
 const HEARTBEAT: Duration = Duration::from_secs(30);
+const BEATS: u32 = 4;
 /// Callbacks of progress are at least this far apart, in reports.
 const CALLBACK_REPORTS: u32 = 6;
 
@@ -33,8 +34,8 @@ pub struct Reports {
 pub struct To {
     /// The platform, and its id of the job.
     pub upstream: (Upstream, String),
-    /// The row.
-    pub row: Option<Row>,
+    /// The row, and how long it belongs to a worker that does not write.
+    pub row: Option<(Row, Duration)>,
     /// The callback, and what its events' ids begin with.
     pub callback: Option<(Callback, String)>,
 }
@@ -54,9 +55,10 @@ impl Reports {
             stopped.clone(),
             log.clone(),
         )));
-        if let Some(row) = to.row {
+        if let Some((row, lasts)) = to.row {
             tasks.push(tokio::spawn(to_row(
                 row,
+                lasts,
                 watched.clone(),
                 every,
                 stopped.clone(),
@@ -147,6 +149,7 @@ async fn to_upstream(
 
 async fn to_row(
     row: Row,
+    lasts: Duration,
     mut watched: watch::Receiver<Status>,
     every: Duration,
     stopped: Cancel,
@@ -155,14 +158,23 @@ async fn to_row(
 ) {
     let mut is_down = false;
     let mut measured = 0;
-    while let Some(status) = next(&mut watched, every, Some(HEARTBEAT), &stopped).await {
-        match row.write(&status.row()).await {
+    let heartbeat = HEARTBEAT.min(lasts / BEATS);
+    while let Some(status) = next(&mut watched, every, Some(heartbeat), &stopped).await {
+        match row.renew(&status.row()).await {
             Ok(Updated::Yes) => {
                 if std::mem::take(&mut is_down) {
                     log.info("the database answers again");
                 }
             }
             Ok(Updated::Missing) => return,
+            Ok(Updated::Contested) => {
+                if row.is_others(lasts, &stopped).await.unwrap_or(false) {
+                    log.error("the row says that another worker is at this job; this one stops");
+                    ends.end(Reason::LostLease);
+                    return;
+                }
+                continue;
+            }
             Ok(Updated::Cancelled) => {
                 log.info("the application cancelled the job in its row");
                 ends.end(Reason::Row);

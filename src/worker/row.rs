@@ -1,5 +1,6 @@
 //! A job's row in `pipeline_training_jobs`, where the application looks. Everything here is best effort but the last update.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -14,12 +15,16 @@ const TABLE: &str = "pipeline_training_jobs";
 const METRICS: &str = "pipeline_training_metrics";
 /// Steps between two tries to get a row that another worker is at.
 const LOOKS: u32 = 6;
+/// What a worker that trains changes, and nobody else.
+const OF_TRAINING: [&str; 4] = ["progress", "current_step", "current_epoch", "current_loss"];
 
 /// The row of one job.
 #[derive(Debug, Clone)]
 pub struct Row {
     supabase: Supabase,
     job_id: String,
+    /// Its `updated_at` after this worker's last update.
+    seen: Arc<Mutex<Option<Value>>>,
 }
 
 /// What the row says at the beginning.
@@ -46,6 +51,8 @@ pub enum Updated {
     Missing,
     /// The application cancelled the job; it is left so.
     Cancelled,
+    /// Somebody wrote that the job runs, or is finished, since this worker last wrote; it is left so.
+    Contested,
 }
 
 impl Row {
@@ -54,6 +61,7 @@ impl Row {
         Self {
             supabase: supabase.clone(),
             job_id: job_id.to_owned(),
+            seen: Arc::default(),
         }
     }
 
@@ -129,16 +137,6 @@ impl Row {
 
     /// Writes `running` if nobody wrote since `row` was read.
     async fn take(&self, row: &Map<String, Value>) -> Result<bool, ServiceError> {
-        let id = self.id();
-        let renewed = match row.get("updated_at").and_then(Value::as_str) {
-            Some(at) => format!("eq.{at}"),
-            None => "is.null".to_owned(),
-        };
-        let filters = [
-            ("id", &*id),
-            ("updated_at", &*renewed),
-            ("status", "neq.cancelled"),
-        ];
         let now = iso8601(unix_seconds());
         let mut body = Map::new();
         body.insert("status".to_owned(), json!("running"));
@@ -152,8 +150,84 @@ impl Row {
         if row.get("started_at").is_none_or(Value::is_null) {
             body.insert("started_at".to_owned(), json!(now));
         }
-        let rows = self.supabase.patch(TABLE, &filters, &body, true).await?;
+        self.update_from(&updated_at(row), &body).await
+    }
+
+    /// Writes `body` if the row's `updated_at` is `before` still: of several that try, one succeeds.
+    async fn update_from(
+        &self,
+        before: &Value,
+        body: &Map<String, Value>,
+    ) -> Result<bool, ServiceError> {
+        let id = self.id();
+        let before = match before.as_str() {
+            Some(at) => format!("eq.{at}"),
+            None => "is.null".to_owned(),
+        };
+        let filters = [
+            ("id", &*id),
+            ("updated_at", &*before),
+            ("status", "neq.cancelled"),
+        ];
+        let rows = self.supabase.patch(TABLE, &filters, body, true).await?;
+        if let Some(row) = rows.first() {
+            self.note(updated_at(row));
+        }
         Ok(!rows.is_empty())
+    }
+
+    /// Writes progress, over what this worker wrote or what says nothing of a training.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn renew(&self, body: &Map<String, Value>) -> Result<Updated, ServiceError> {
+        let seen = self
+            .seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(seen) = seen
+            && self.update_from(&seen, body).await?
+        {
+            return Ok(Updated::Yes);
+        }
+        let Some(row) = self.read().await? else {
+            return Ok(Updated::Missing);
+        };
+        match row.get("status").and_then(Value::as_str) {
+            Some("cancelled") => Ok(Updated::Cancelled),
+            Some("running" | "completed") => Ok(Updated::Contested),
+            _ if self.update_from(&updated_at(&row), body).await? => Ok(Updated::Yes),
+            _ => Ok(Updated::Contested),
+        }
+    }
+
+    /// Whether another worker is at this job: it gets on within `lasts`, though this one does not write. If not, the row is this
+    /// worker's again.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn is_others(&self, lasts: Duration, stopped: &Cancel) -> Result<bool, ServiceError> {
+        let mut first = None;
+        for _ in 0..=LOOKS {
+            let row = self.read().await?.unwrap_or_default();
+            if row.get("status").and_then(Value::as_str) == Some("completed") {
+                return Ok(true);
+            }
+            self.note(updated_at(&row));
+            let state = OF_TRAINING.map(|name| row.get(name).cloned());
+            if *first.get_or_insert_with(|| state.clone()) != state {
+                return Ok(true);
+            }
+            if stopped.or(tokio::time::sleep(lasts / LOOKS)).await.is_err() {
+                break;
+            }
+        }
+        Ok(false)
+    }
+
+    fn note(&self, updated_at: Value) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(updated_at);
     }
 
     /// Writes `body`, unless the application cancelled the job.
@@ -215,6 +289,10 @@ impl Row {
     fn id(&self) -> String {
         format!("eq.{}", self.job_id)
     }
+}
+
+fn updated_at(row: &Map<String, Value>) -> Value {
+    row.get("updated_at").cloned().unwrap_or_default()
 }
 
 /// Whether a row says that the adapter is where it should be.

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! jobs/<job_id>/attempts.json   how often it was begun, and how far it got
-//!               lease.json      which worker is at it
+//!               lease-3.json    which worker is at it, the third
 //!               dataset.jsonl   what it trains on
 //!               train.yml       its settings
 //!               run/            checkpoints, metrics, adapter
 //!               delivery.json   what is trained and how much of it is delivered: the outbox
+//!               event.json      the end of a job without an adapter, until its callback has heard of it
 //!               result.json     what was answered
 //! ```
 
@@ -110,7 +111,7 @@ impl JobDir {
         serde_json::from_slice(&bytes).ok()
     }
 
-    /// Writes a file of it, at once and to the disk.
+    /// Writes a file of it, at once and to the disk. Only this user can read it: addresses of callbacks and of files hold tokens.
     ///
     /// # Errors
     /// Those of the file system.
@@ -118,7 +119,7 @@ impl JobDir {
         let path = self.path(name);
         let text = serde_json::to_vec_pretty(value);
         let text = text.map_err(|error| Error::format(&path, error.to_string()))?;
-        Durable::default().replace(&path, &text)
+        Durable::default().replace_private(&path, &text)
     }
 
     /// What was answered.
@@ -160,13 +161,7 @@ impl JobDir {
 
     /// Whether nothing of it was written for `age`.
     pub fn is_older_than(&self, age: Duration) -> bool {
-        let names = [
-            "attempts.json",
-            "delivery.json",
-            "result.json",
-            "lease.json",
-            "",
-        ];
+        let names = ["attempts.json", "delivery.json", "result.json", ""];
         let written = |name: &&str| self.path(name).metadata().ok()?.modified().ok();
         let newest = names.iter().filter_map(written).max();
         newest.is_some_and(|at| at.elapsed().is_ok_and(|since| since > age))
@@ -195,6 +190,16 @@ mod tests {
         let further = job.begin().unwrap();
         assert_eq!((further.count, further.total, further.step), (1, 3, 4));
         assert_eq!(job.begin().unwrap().count, 2);
+    }
+
+    #[test]
+    fn files_are_for_this_user_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let job = State::open(dir.path()).unwrap().job("j1").unwrap();
+        job.write("delivery.json", &1).unwrap();
+        let mode = job.path("delivery.json").metadata().unwrap().permissions();
+        assert_eq!(mode.mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use super::attempt::{Answer, Attempt, FAILURE_PATIENCE, failed, settle_failed};
+use super::attempt::{Answer, Attempt, failed, settle_failed};
 use super::callback::Event;
 use super::cancel::{Ends, Reason};
 use super::child::Ending;
@@ -20,7 +20,7 @@ use super::row::{Claim, Row, is_delivered};
 use super::run::{self, Ran, Signals};
 use super::state::JobDir;
 use super::status::Status;
-use super::{base, data};
+use super::{base, data, news};
 use crate::config::TrainConfig;
 use crate::durable::Durable;
 
@@ -123,6 +123,8 @@ impl Work<'_> {
         {
             return (answer, None);
         }
+        // What an earlier attempt could not tell is not the end any more.
+        news::forget(&self.dir);
         let reports = self.report(row.clone());
         let trained = match kept {
             Some(mut delivery) => {
@@ -158,7 +160,10 @@ impl Work<'_> {
                 (self.failed(OUT_OF_TIME, status, row.as_ref()).await, None)
             }
             Err(Failure::Ended(reason)) => {
-                self.tell_end("training.cancelled", &status).await;
+                // Else it goes on elsewhere: that is no end.
+                if matches!(reason, Reason::JobStop | Reason::Row | Reason::Callback) {
+                    self.tell_end("training.cancelled", &status).await;
+                }
                 (self.ended(reason), None)
             }
             Err(Failure::Failed(reason)) => {
@@ -214,7 +219,7 @@ impl Work<'_> {
         });
         let to = To {
             upstream: ((*upstream).clone(), taken.id.clone()),
-            row,
+            row: row.map(|row| (row, context.env.lease)),
             callback,
         };
         Reports::start(
@@ -452,13 +457,10 @@ impl Work<'_> {
         let Some(url) = &self.job.callback_url else {
             return;
         };
-        let Ok(callback) = self.attempt.context.callback(url.secret()) else {
-            return;
-        };
         let id = format!("msg_{}_{}_end", deliver::event_id(&self.job.id), self.begun);
         let event = Event::new(id, kind, status.json());
-        let patience = FAILURE_PATIENCE.min(self.attempt.context.env.retry);
-        deliver::tell(&callback, &event, patience, &self.log).await;
+        let context = self.attempt.context;
+        news::publish(url.secret(), event, context, &self.dir, &self.log).await;
     }
 }
 

@@ -57,7 +57,7 @@ impl Deployment {
         let settings = Settings {
             take_hold: Duration::from_millis(500),
             stop_hold: Duration::from_millis(500),
-            ping_interval: Duration::from_millis(300),
+            ping_interval: Duration::from_millis(500),
             ..settings
         };
         let deployment = Self {
@@ -104,10 +104,16 @@ impl Deployment {
 
     /// A worker on this deployment's volume.
     pub(crate) fn worker_with(&mut self, more: &[(&str, &str)]) -> Worker {
+        self.worker_of(&["worker"], more)
+    }
+
+    /// The same, by the words of its command line.
+    pub(crate) fn worker_of(&mut self, words: &[&str], more: &[(&str, &str)]) -> Worker {
         self.lines += 1;
         let log = self.path(&format!("worker-{}.log", self.lines));
         let file = fs_err::File::create(&log).unwrap();
-        let mut command = self.command("worker");
+        let mut command = self.command(words[0]);
+        command.args(&words[1..]);
         command.env("RUNPOD_POD_ID", format!("pod{}", self.lines));
         command.envs(more.iter().copied());
         let error = file.file().try_clone().unwrap();
@@ -276,7 +282,8 @@ fn send(process: i32, signal: rustix::process::Signal) {
     let _ = rustix::process::kill_process(process, signal);
 }
 
-fn walk(dir: &Path) -> Vec<PathBuf> {
+/// The files below `dir`.
+pub(crate) fn walk(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs_err::read_dir(dir).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
@@ -295,10 +302,15 @@ impl Worker {
 
     /// Signals the process that trains.
     pub(crate) fn signal_trainer(&self, signal: rustix::process::Signal) {
+        send(self.trainer(), signal);
+    }
+
+    /// The process that trains.
+    pub(crate) fn trainer(&self) -> i32 {
         let id = self.child.id();
         let path = format!("/proc/{id}/task/{id}/children");
         let children = fs_err::read_to_string(path).unwrap();
-        send(children.trim().parse().unwrap(), signal);
+        children.trim().parse().unwrap()
     }
 
     pub(crate) fn kill(&mut self) {

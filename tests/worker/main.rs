@@ -7,9 +7,15 @@
 )]
 
 mod cancel;
+mod events;
 mod faults;
+mod floods;
 mod harness;
 mod kills;
 mod local;
 mod memory;
 mod path;
+mod probe;
+mod secrets;
+mod twins;
+mod upload;

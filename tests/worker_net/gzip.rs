@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use brightrun::worker::net::gzip::{GzipCaps, decompress_if_gzip};
+use brightrun::worker::net::gzip::{GzipCaps, check_unpacked, decompress_if_gzip};
 use brightrun::worker::net::{Cancel, Canceller, Kind};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -81,4 +81,30 @@ async fn bombs_and_broken_files_change_nothing() {
         .await
         .unwrap_err();
     assert_eq!(error.kind, Kind::Cancelled);
+}
+
+#[tokio::test]
+async fn other_packings_are_named() {
+    let zstd = [&b"\x28\xb5\x2f\xfd"[..], &noise(4, 100)].concat();
+    let twice = packed(&packed(b"{\"a\": 1}"));
+    for (bytes, name) in [
+        (zstd.clone(), "zstd"),
+        (packed(&zstd), "zstd"),
+        (twice, "gzip twice"),
+        (b"\xfd7zXZ\0 and so on".to_vec(), "xz"),
+        (b"BZh91AY".to_vec(), "bzip2"),
+        (b"PK\x03\x04".to_vec(), "zip"),
+    ] {
+        let (_folder, path) = file(&bytes);
+        decompress_if_gzip(&path, GzipCaps::default(), &Cancel::never())
+            .await
+            .unwrap();
+        let error = check_unpacked(&path).unwrap_err();
+        assert_eq!(error.kind, Kind::Corrupt);
+        assert!(error.message.contains(name), "{error}");
+        assert!(error.message.contains("send it plain"), "{error}");
+    }
+    for bytes in [&b"{\"a\": 1}"[..], b"", b"P", b"\xef\xbb\xbf{}"] {
+        check_unpacked(&file(bytes).1).unwrap();
+    }
 }

@@ -9,6 +9,7 @@
 )]
 
 mod callback;
+mod cuts;
 mod fetch;
 mod guard;
 mod gzip;

@@ -29,6 +29,14 @@ impl WorkerEnv {
     }
 }
 
+/// Names of the process's variables that begin with `prefix`, in order.
+pub fn variable_names(prefix: &str) -> Vec<String> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.starts_with(prefix)).collect();
+    names.sort();
+    names
+}
+
 impl Env {
     /// Reads the process's environment.
     #[expect(clippy::disallowed_methods, reason = "this is the one place")]

@@ -30,6 +30,9 @@ pub struct RunpodEnv {
     pub skip_checks: bool,
 }
 
+/// Waits before the tries of the last callback, in seconds.
+const CALLBACK_WAITS: [u64; 6] = [0, 5, 30, 120, 300, 300];
+
 /// What the worker's operator sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerEnv {
@@ -78,6 +81,8 @@ pub struct WorkerEnv {
     pub lease: Duration,
     /// `BRIGHTRUN_RETRY_S`: seconds that a delivery is tried for; 900 where it is absent.
     pub retry: Duration,
+    /// `BRIGHTRUN_CALLBACK_WAITS_S`, separated by `,`: seconds before each try of the last callback; 0,5,30,120,300,300.
+    pub callback_waits: Vec<Duration>,
     /// `BRIGHTRUN_WATCHDOG_S`: seconds without a sign of the trainer after which it hangs; 1800 where it is absent.
     pub watchdog: Duration,
     /// `BRIGHTRUN_DRAIN_S`: seconds that a run goes on after SIGTERM; until it is killed where it is absent.
@@ -141,6 +146,9 @@ impl WorkerEnv {
             report: seconds("BRIGHTRUN_REPORT_S", 5),
             lease: seconds("BRIGHTRUN_LEASE_S", 60),
             retry: seconds("BRIGHTRUN_RETRY_S", 900),
+            callback_waits: get("BRIGHTRUN_CALLBACK_WAITS_S")
+                .and_then(|list| spans(&list))
+                .unwrap_or_else(|| CALLBACK_WAITS.map(Duration::from_secs).to_vec()),
             watchdog: seconds("BRIGHTRUN_WATCHDOG_S", 1800),
             drain: span("BRIGHTRUN_DRAIN_S"),
         }
@@ -152,4 +160,44 @@ fn is_true(value: &str) -> bool {
         value.trim().to_ascii_lowercase().as_str(),
         "1" | "true" | "yes" | "on"
     )
+}
+
+/// `0,0.5,30` as spans of time.
+fn spans(list: &str) -> Option<Vec<Duration>> {
+    let one = |text: &str| Duration::try_from_secs_f64(text.trim().parse().ok()?).ok();
+    list.split(',').map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_callback_that_is_away_for_ten_minutes_hears_the_end() {
+        let waits = WorkerEnv::read(|_| None).callback_waits;
+        let mut at = Duration::ZERO;
+        let tries: Vec<u64> = waits
+            .iter()
+            .map(|wait| {
+                at += *wait;
+                at.as_secs()
+            })
+            .collect();
+        assert_eq!(tries, [0, 5, 35, 155, 455, 755]);
+        let within = |minutes: u64| tries.iter().filter(|at| **at <= 60 * minutes).count();
+        assert_eq!((within(10), within(15)), (5, 6));
+        // All of them while a delivery is tried for.
+        assert!(at <= WorkerEnv::read(|_| None).retry);
+    }
+
+    #[test]
+    fn waits_are_what_is_written_or_the_usual_ones() {
+        let waits = |text: &str| WorkerEnv::read(|_| Some(text.to_owned())).callback_waits;
+        assert_eq!(
+            waits("0, 0.5"),
+            [Duration::ZERO, Duration::from_millis(500)]
+        );
+        assert_eq!(waits("0,soon").len(), CALLBACK_WAITS.len());
+        assert_eq!(waits("-1").len(), CALLBACK_WAITS.len());
+    }
 }

@@ -14,6 +14,15 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// Below this size the ratio says nothing.
 const RATIO_FROM_BYTES: u64 = 1 << 20;
 
+/// Packings that are not unpacked here, by their first bytes.
+const OTHERS: [(&str, &[u8]); 5] = [
+    ("by gzip twice", b"\x1f\x8b"),
+    ("by zstd", b"\x28\xb5\x2f\xfd"),
+    ("by xz", b"\xfd7zXZ\0"),
+    ("by bzip2", b"BZh"),
+    ("into a zip file", b"PK\x03\x04"),
+];
+
 /// What an unpacked file may be.
 #[derive(Debug, Clone, Copy)]
 pub struct GzipCaps {
@@ -64,6 +73,23 @@ pub async fn decompress_if_gzip(
             Err(error)
         }
     }
+}
+
+/// Refuses a file that is packed all the same, after [`decompress_if_gzip`].
+///
+/// # Errors
+/// [`Kind::Corrupt`], naming the packing; [`Kind::Io`].
+pub fn check_unpacked(path: &Path) -> Result<()> {
+    let mut head = Vec::new();
+    fs::File::open(path)?.take(8).read_to_end(&mut head)?;
+    let Some((how, _)) = OTHERS.iter().find(|(_, magic)| head.starts_with(magic)) else {
+        return Ok(());
+    };
+    let text = format!(
+        "{} is packed {how}; send it plain, or packed once by gzip",
+        path.display()
+    );
+    Err(Error::new(Kind::Corrupt, text))
 }
 
 async fn unpack(from: &Path, to: &Path, caps: GzipCaps, cancel: &Cancel) -> Result<u64> {
