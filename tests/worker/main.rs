@@ -13,3 +13,7 @@ mod kills;
 mod local;
 mod memory;
 mod path;
+mod wire;
+
+#[path = "../common/wire.rs"]
+mod log;
