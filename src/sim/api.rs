@@ -71,6 +71,17 @@ impl Sim {
         submitted.map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))
     }
 
+    /// Queues a job under an id of the caller's own, one that is not in use.
+    ///
+    /// # Errors
+    /// The body is not an object with an `input`.
+    pub fn submit_as(&self, id: &str, body: Value) -> io::Result<()> {
+        let submitted = self
+            .shared
+            .change(|state| state.platform.submit_as(id, body));
+        submitted.map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))
+    }
+
     /// Cancels a job as a client would. Its state after, none if it is unknown.
     pub fn cancel(&self, id: &str) -> Option<Status> {
         self.shared.change(|state| state.platform.cancel(id))

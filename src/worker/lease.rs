@@ -181,14 +181,13 @@ impl Holder {
         let Some(newest) = numbers(job).max() else {
             return Some(1);
         };
-        let is_held = match job.read::<Hold>(&file(newest)) {
-            Some(hold) => hold.holder != self.id && self.is_alive(&hold),
+        let is_held = if let Some(hold) = job.read::<Hold>(&file(newest)) {
+            hold.holder != self.id && self.is_alive(&hold)
+        } else {
             // Just made and not yet written, unless its maker ended there.
-            None => {
-                let made = job.path(&file(newest)).metadata();
-                let made = made.ok().and_then(|data| data.modified().ok());
-                made.is_some_and(|at| at.elapsed().unwrap_or_default() <= self.lasts)
-            }
+            let made = job.path(&file(newest)).metadata();
+            let made = made.ok().and_then(|data| data.modified().ok());
+            made.is_some_and(|at| at.elapsed().unwrap_or_default() <= self.lasts)
         };
         (!is_held).then_some(newest + 1)
     }
@@ -268,7 +267,7 @@ mod tests {
     use crate::worker::log::Level;
     use crate::worker::state::State;
 
-    const LASTS: Duration = Duration::from_secs(60);
+    const LASTS: Duration = Duration::from_mins(1);
 
     /// A worker on a host of its own, so that it counts as alive though it is this process.
     fn holder(name: &str, lasts: Duration) -> Holder {

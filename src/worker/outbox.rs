@@ -34,7 +34,7 @@ async fn empty(context: &Context, upstream: &Upstream) {
             if news::is_there(&dir) {
                 tell(context, &dir).await;
             } else if dir.is_older_than(context.env.keep) {
-                forget(context, &id, &dir).await;
+                forget(context, &id, &dir);
             }
             continue;
         };
@@ -92,7 +92,7 @@ async fn tell(context: &Context, dir: &JobDir) {
 }
 
 /// Removes what is left of a job that is over, so that the volume does not fill.
-async fn forget(context: &Context, id: &str, dir: &JobDir) {
+fn forget(context: &Context, id: &str, dir: &JobDir) {
     let (lost, _) = Canceller::new();
     let Ok(Some(lease)) = context.holder.acquire(dir, &context.log, &lost) else {
         return;

@@ -13,6 +13,8 @@ use super::supabase::{ServiceError, Supabase};
 
 const TABLE: &str = "pipeline_training_jobs";
 const METRICS: &str = "pipeline_training_metrics";
+/// Code of the database for a text that its type cannot be read from.
+const NO_SUCH_VALUE: &str = "22P02";
 /// Steps between two tries to get a row that another worker is at.
 const LOOKS: u32 = 6;
 /// What a worker that trains changes, and nobody else.
@@ -32,7 +34,7 @@ pub struct Row {
 pub enum Claim {
     /// This worker's.
     Ours,
-    /// There is none: a job of the older contract.
+    /// There is none, as for a job of the older contract.
     Missing,
     /// It was delivered before.
     Completed(Map<String, Value>),
@@ -75,7 +77,7 @@ impl Row {
         match rows {
             Ok(rows) => Ok(rows.into_iter().next()),
             // Ids of the older contract are no UUIDs.
-            Err(error) if error.code == "22P02" => Ok(None),
+            Err(error) if error.code == NO_SUCH_VALUE => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -94,7 +96,13 @@ impl Row {
         loop {
             let row = match self.read().await {
                 Ok(Some(row)) => row,
-                Ok(None) => return Claim::Missing,
+                Ok(None) => {
+                    log.warn(&format!(
+                        "`{TABLE}` has no row with the id `{}`: the job is done without one, and told to the platform alone",
+                        self.job_id
+                    ));
+                    return Claim::Missing;
+                }
                 Err(error) => return Claim::Unreachable(error.to_string()),
             };
             match row
@@ -237,14 +245,20 @@ impl Row {
     pub async fn write(&self, body: &Map<String, Value>) -> Result<Updated, ServiceError> {
         let id = self.id();
         let filters = [("id", &*id), ("status", "neq.cancelled")];
-        let rows = self.supabase.patch(TABLE, &filters, body, true).await?;
-        if !rows.is_empty() {
-            return Ok(Updated::Yes);
+        let written = self.supabase.patch(TABLE, &filters, body, true).await;
+        match written {
+            Ok(rows) if !rows.is_empty() => Ok(Updated::Yes),
+            Ok(_) => Ok(match self.read().await? {
+                None => Updated::Missing,
+                Some(_) => Updated::Cancelled,
+            }),
+            // Of the id or of a value of `body`: whether there is a row tells.
+            Err(error) if error.code == NO_SUCH_VALUE => match self.read().await? {
+                None => Ok(Updated::Missing),
+                Some(_) => Err(error),
+            },
+            Err(error) => Err(error),
         }
-        Ok(match self.read().await? {
-            None => Updated::Missing,
-            Some(_) => Updated::Cancelled,
-        })
     }
 
     /// Adds the metrics of `status`.

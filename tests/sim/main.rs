@@ -12,9 +12,14 @@ mod faults;
 mod platform;
 mod rows;
 mod storage;
+mod wire;
+
+#[path = "../common/wire.rs"]
+mod log;
 
 use std::time::Duration;
 
+use brightrun::http::client_builder;
 use brightrun::sim::{Settings, Sim};
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::Value;
@@ -68,9 +73,7 @@ impl Http {
             .enable_all()
             .build()
             .unwrap();
-        let client = Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
+        let client = client_builder()
             .timeout(Duration::from_secs(5))
             .build()
             .unwrap();

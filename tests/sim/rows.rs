@@ -110,6 +110,8 @@ fn what_the_database_would_refuse_is_refused() {
         (json!({"status": "done"}), 400, "23514"),
         (json!({"loss": 1}), 400, "PGRST204"),
         (json!({"status": null}), 400, "23502"),
+        (json!({"actual_cost": "Infinity"}), 400, "22003"),
+        (json!({"started_at": 1_768_046_400}), 400, "22008"),
     ] {
         let reply = patch(&http, &filter, &fields);
         let body = reply.json();
@@ -135,6 +137,81 @@ fn what_the_database_would_refuse_is_refused() {
         (404, Some("PGRST205"))
     );
     assert_eq!(sim.row_events().len(), 0);
+}
+
+#[test]
+fn an_operand_is_read_as_its_columns_type() {
+    let (sim, http) = start();
+    for (filter, code, message) in [
+        (
+            "id=eq.job-1",
+            "22P02",
+            "invalid input syntax for type uuid: \"job-1\"",
+        ),
+        (
+            "id=in.(job-1)",
+            "22P02",
+            "invalid input syntax for type uuid: \"job-1\"",
+        ),
+        (
+            "progress=not.gt.x",
+            "22P02",
+            "invalid input syntax for type integer: \"x\"",
+        ),
+        (
+            "progress=lt.4.5",
+            "22P02",
+            "invalid input syntax for type integer: \"4.5\"",
+        ),
+        (
+            "progress=eq.3000000000",
+            "22003",
+            "value \"3000000000\" is out of range for type integer",
+        ),
+        (
+            "final_loss=lt.low",
+            "22P02",
+            "invalid input syntax for type double precision: \"low\"",
+        ),
+        (
+            "updated_at=lt.yesterday-ish",
+            "22007",
+            "invalid input syntax for type timestamp with time zone: \"yesterday-ish\"",
+        ),
+        (
+            "updated_at=lt.1768046400",
+            "22008",
+            "date/time field value out of range: \"1768046400\"",
+        ),
+        (
+            "status=is.true",
+            "42804",
+            "argument of IS TRUE must be type boolean, not type text",
+        ),
+    ] {
+        let read = http.send(http.supabase("GET", &format!("{JOBS}?{filter}")));
+        let written = patch(&http, filter, &json!({"progress": 1}));
+        for reply in [read, written] {
+            let body = reply.json();
+            assert_eq!(
+                (reply.status, &body["code"], &body["message"]),
+                (400, &json!(code), &json!(message))
+            );
+        }
+    }
+    assert_eq!(sim.row_events().len(), 0);
+    let upper = ID.to_uppercase();
+    for (filter, rows) in [
+        (&*format!("id=eq.{upper}"), 1),
+        (&*format!("id=in.({OTHER},{upper})"), 1),
+        (&*format!("id=not.in.({OTHER})"), 1),
+        ("status=eq.done", 0),
+        ("actual_cost=lt.Infinity", 0),
+        ("updated_at=lt.now", 1),
+    ] {
+        let reply = http.send(http.supabase("GET", &format!("{JOBS}?{filter}")));
+        assert_eq!(reply.json().as_array().unwrap().len(), rows, "{filter}");
+    }
 }
 
 #[test]

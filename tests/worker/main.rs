@@ -19,3 +19,7 @@ mod probe;
 mod secrets;
 mod twins;
 mod upload;
+mod wire;
+
+#[path = "../common/wire.rs"]
+mod log;

@@ -3,7 +3,7 @@
 use brightrun::sim::Route;
 use serde_json::{Value, json};
 
-use super::harness::{BUCKET, Deployment};
+use super::harness::{BUCKET, Deployment, TABLE};
 
 #[test]
 fn a_job_goes_from_the_queue_to_the_bucket() {
@@ -177,5 +177,27 @@ fn a_job_that_makes_no_sense_fails_at_once_and_says_why() {
     }
     assert_eq!(deployment.sim.deploys(), 0);
     assert!(deployment.sim.count(Route::Ping) > 0);
+    deployment.check_manners();
+}
+
+#[test]
+fn a_job_whose_id_is_no_uuid_has_no_row_and_is_done() {
+    let mut deployment = Deployment::new();
+    let runpod_id = deployment.sim.submit(deployment.body("job-1", 1)).unwrap();
+    let worker = deployment.worker();
+    let document = deployment.completed(&runpod_id);
+    let path = format!("{BUCKET}/adapters/job-1.tar.gz");
+    assert_eq!(document["output"]["adapter_path"], json!(path));
+    let mut body = deployment.body("job-2", 1);
+    body["input"]["dataset_url"] = json!(deployment.sim.file_url("nowhere.jsonl"));
+    let failing = deployment.sim.submit(body).unwrap();
+    let document = deployment.ended(&failing);
+    assert_eq!(document["status"], "FAILED", "{document:#}");
+    let said = worker.said();
+    for id in ["job-1", "job-2"] {
+        let warning = format!("`{TABLE}` has no row with the id `{id}`");
+        assert_eq!(said.matches(&warning).count(), 1, "{said}");
+    }
+    assert!(!said.contains("invalid input syntax"), "{said}");
     deployment.check_manners();
 }

@@ -143,13 +143,19 @@ impl Platform {
         body: Value,
         sync: bool,
     ) -> Result<String, &'static str> {
+        let id = format!("{}{}-u1", if sync { "sync-" } else { "" }, clock::uuid());
+        self.submit_as(&id, body)?;
+        Ok(id)
+    }
+
+    /// Queues a job under an id that is not the platform's own.
+    pub(in crate::sim) fn submit_as(&mut self, id: &str, body: Value) -> Result<(), &'static str> {
         let Value::Object(document) = body else {
             return Err("the body must be an object");
         };
         if document.get("input").is_none_or(Value::is_null) {
             return Err("the body must have an `input`");
         }
-        let id = format!("{}{}-u1", if sync { "sync-" } else { "" }, clock::uuid());
         let policy = |name: &str| {
             document
                 .get("policy")?
@@ -174,9 +180,9 @@ impl Platform {
             ttl: policy("ttl").unwrap_or(self.settings.ttl),
             document,
         };
-        self.jobs.insert(id.clone(), job);
-        self.queue.push_back(id.clone());
-        Ok(id)
+        self.jobs.insert(id.to_owned(), job);
+        self.queue.push_back(id.to_owned());
+        Ok(())
     }
 
     /// Hands up to `most` queued jobs to `worker`.

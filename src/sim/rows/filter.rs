@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use serde_json::{Map, Value};
 
-use super::schema::{Rejection, Table};
+use super::schema::{Column, Rejection, Table};
 
 /// Which rows, and what of them.
 #[derive(Debug, Default)]
@@ -26,9 +26,9 @@ struct Test {
 
 #[derive(Debug)]
 enum Operator {
-    Compare(fn(Ordering) -> bool, String),
-    In(Vec<String>),
-    Is(Value),
+    Compare(fn(Ordering) -> bool, Value),
+    In(Vec<Value>),
+    IsNull,
 }
 
 impl Query {
@@ -51,9 +51,7 @@ impl Query {
                 }
                 "limit" => read.limit = Some(number()?),
                 "offset" => read.offset = number()?,
-                column => read
-                    .tests
-                    .push(Test::read(table.column(column)?.name, &value)?),
+                column => read.tests.push(Test::read(table.column(column)?, &value)?),
             }
         }
         Ok(read)
@@ -73,7 +71,7 @@ impl Query {
     pub(super) fn shape(&self, mut rows: Vec<Map<String, Value>>) -> Vec<Value> {
         if let Some((column, descending)) = &self.order {
             rows.sort_by(|a, b| {
-                let order = compare(&a[column], &text_of(&b[column]));
+                let order = compare(&a[column], &b[column]);
                 if *descending { order.reverse() } else { order }
             });
         }
@@ -92,30 +90,35 @@ impl Query {
 }
 
 impl Test {
-    fn read(column: &str, text: &str) -> Result<Self, Rejection> {
+    fn read(column: &Column, text: &str) -> Result<Self, Rejection> {
         let (negated, rest) = text
             .strip_prefix("not.")
             .map_or((false, text), |rest| (true, rest));
         let (name, operand) = rest.split_once('.').ok_or_else(|| parse_rejection(text))?;
-        let ordering = |test: fn(Ordering) -> bool| Operator::Compare(test, operand.to_owned());
+        let value = |operand: &str| column.kind.read_operand(operand);
+        let ordering = |test: fn(Ordering) -> bool| Ok(Operator::Compare(test, value(operand)?));
         let operator = match name {
-            "eq" => ordering(Ordering::is_eq),
-            "neq" => ordering(Ordering::is_ne),
-            "lt" => ordering(Ordering::is_lt),
-            "lte" => ordering(Ordering::is_le),
-            "gt" => ordering(Ordering::is_gt),
-            "gte" => ordering(Ordering::is_ge),
-            "in" => Operator::In(list(operand).ok_or_else(|| parse_rejection(text))?),
-            "is" => Operator::Is(match operand {
-                "null" => Value::Null,
-                "true" => Value::Bool(true),
-                "false" => Value::Bool(false),
+            "eq" => ordering(Ordering::is_eq)?,
+            "neq" => ordering(Ordering::is_ne)?,
+            "lt" => ordering(Ordering::is_lt)?,
+            "lte" => ordering(Ordering::is_le)?,
+            "gt" => ordering(Ordering::is_gt)?,
+            "gte" => ordering(Ordering::is_ge)?,
+            "in" => {
+                let items = list(operand).ok_or_else(|| parse_rejection(text))?;
+                let items: Result<Vec<Value>, Rejection> =
+                    items.iter().map(|item| value(item)).collect();
+                Operator::In(items?)
+            }
+            "is" => match operand {
+                "null" => Operator::IsNull,
+                "true" | "false" => return Err(no_boolean(column, operand)),
                 _ => return Err(parse_rejection(text)),
-            }),
+            },
             _ => return Err(parse_rejection(text)),
         };
         Ok(Self {
-            column: column.to_owned(),
+            column: column.name.to_owned(),
             negated,
             operator,
         })
@@ -125,10 +128,12 @@ impl Test {
     fn holds(&self, row: &Map<String, Value>) -> bool {
         let value = row.get(&self.column).unwrap_or(&Value::Null);
         match &self.operator {
-            Operator::Is(wanted) => (value == wanted) != self.negated,
+            Operator::IsNull => value.is_null() != self.negated,
             Operator::Compare(..) | Operator::In(_) if value.is_null() => false,
             Operator::Compare(test, operand) => test(compare(value, operand)) != self.negated,
-            Operator::In(list) => list.contains(&text_of(value)) != self.negated,
+            Operator::In(list) => {
+                list.iter().any(|item| compare(value, item).is_eq()) != self.negated
+            }
         }
     }
 }
@@ -140,10 +145,10 @@ fn text_of(value: &Value) -> String {
 }
 
 /// Numbers by size, everything else by text.
-fn compare(value: &Value, operand: &str) -> Ordering {
-    match (value.as_f64(), operand.parse::<f64>()) {
-        (Some(number), Ok(operand)) => number.total_cmp(&operand),
-        _ => text_of(value).as_str().cmp(operand),
+fn compare(value: &Value, operand: &Value) -> Ordering {
+    match (value.as_f64(), operand.as_f64()) {
+        (Some(number), Some(operand)) => number.total_cmp(&operand),
+        _ => text_of(value).cmp(&text_of(operand)),
     }
 }
 
@@ -160,6 +165,13 @@ fn list(operand: &str) -> Option<Vec<String>> {
     }
     items.push(item);
     Some(items)
+}
+
+/// No column here is a boolean.
+fn no_boolean(column: &Column, operand: &str) -> Rejection {
+    let (word, kind) = (operand.to_uppercase(), column.kind.name());
+    let message = format!("argument of IS {word} must be type boolean, not type {kind}");
+    Rejection::new(400, "42804", &message)
 }
 
 fn parse_rejection(text: &str) -> Rejection {

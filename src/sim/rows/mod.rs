@@ -2,6 +2,8 @@
 
 mod filter;
 mod schema;
+mod timestamp;
+mod types;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -1,24 +1,9 @@
-//! Tables and what `PostgreSQL` says to a value that does not fit its column.
+//! Tables, and what `PostgreSQL` says to a row that does not fit.
 
 use serde_json::{Map, Value, json};
 
+use super::types::Kind;
 use crate::sim::clock;
-
-/// Type of a column.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Text,
-    Integer,
-    Bigint,
-    Float,
-    /// Decimal with this many digits, and this many of them behind the point.
-    Numeric(u32, u32),
-    Timestamp,
-    Json,
-    Uuid,
-    /// Text that must be one of these.
-    Choice(&'static [&'static str]),
-}
 
 /// A column.
 #[derive(Debug)]
@@ -249,34 +234,12 @@ impl Table {
         let text = value
             .as_str()
             .map_or_else(|| value.to_string(), str::to_owned);
-        let syntax = |kind: &str| {
-            Rejection::new(
-                400,
-                "22P02",
-                &format!("invalid input syntax for type {kind}: \"{text}\""),
-            )
-        };
-        match column.kind {
-            Kind::Text | Kind::Json => Ok(json!(text)),
-            Kind::Choice(choices) if choices.contains(&text.as_str()) => Ok(json!(text)),
-            Kind::Choice(_) => Err(self.check_rejection(column.name)),
-            Kind::Integer => integer(&text, i64::from(i32::MIN), i64::from(i32::MAX), "integer"),
-            Kind::Bigint => integer(&text, i64::MIN, i64::MAX, "bigint"),
-            Kind::Float => float(&text)
-                .map(|number| json!(number))
-                .ok_or_else(|| syntax("double precision")),
-            Kind::Numeric(digits, scale) => {
-                numeric(&text, digits, scale).unwrap_or_else(|| Err(syntax("numeric")))
-            }
-            Kind::Timestamp if is_timestamp(&text) => Ok(json!(text.replace('Z', "+00:00"))),
-            Kind::Timestamp => {
-                let message =
-                    format!("invalid input syntax for type timestamp with time zone: \"{text}\"");
-                Err(Rejection::new(400, "22007", &message))
-            }
-            Kind::Uuid if is_uuid(&text) => Ok(json!(text.to_ascii_lowercase())),
-            Kind::Uuid => Err(syntax("uuid")),
+        if let Kind::Choice(choices) = column.kind
+            && !choices.contains(&text.as_str())
+        {
+            return Err(self.check_rejection(column.name));
         }
+        column.kind.read(&text)
     }
 
     /// Fills in what the database would, and refuses a row that lacks a required value.
@@ -320,73 +283,6 @@ impl Table {
         );
         Rejection::new(400, "23514", &message)
     }
-}
-
-fn integer(text: &str, least: i64, most: i64, kind: &str) -> Result<Value, Rejection> {
-    match text.trim().parse::<i128>() {
-        Ok(number) if (i128::from(least)..=i128::from(most)).contains(&number) => {
-            Ok(i64::try_from(number).map_or(Value::Null, Value::from))
-        }
-        Ok(_) => Err(Rejection::new(
-            400,
-            "22003",
-            &format!("value \"{text}\" is out of range for type {kind}"),
-        )),
-        Err(_) => Err(Rejection::new(
-            400,
-            "22P02",
-            &format!("invalid input syntax for type {kind}: \"{text}\""),
-        )),
-    }
-}
-
-/// A number; `NaN` and the infinities, which `PostgreSQL` takes as strings, come back from it as strings.
-fn float(text: &str) -> Option<Value> {
-    let number: f64 = text.trim().parse().ok()?;
-    Some(serde_json::Number::from_f64(number).map_or_else(|| json!(text), Value::Number))
-}
-
-fn numeric(text: &str, digits: u32, scale: u32) -> Option<Result<Value, Rejection>> {
-    let number: f64 = text.trim().parse().ok()?;
-    if !number.is_finite() {
-        return Some(Ok(json!(text)));
-    }
-    let unit = 10f64.powf(f64::from(scale));
-    let rounded = (number * unit).round() / unit;
-    if rounded.abs() >= 10f64.powf(f64::from(digits - scale)) {
-        let details = format!(
-            "A field with precision {digits}, scale {scale} must round to an absolute value less than 10^{}.",
-            digits - scale
-        );
-        return Some(Err(
-            Rejection::new(400, "22003", "numeric field overflow").details(&details)
-        ));
-    }
-    Some(Ok(json!(rounded)))
-}
-
-fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(at, byte)| match at {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        })
-}
-
-/// `YYYY-MM-DD`, alone or followed by a time of day; or one of the words for now.
-fn is_timestamp(text: &str) -> bool {
-    let date = text.get(..10).unwrap_or_default();
-    let is_date = date.len() == 10
-        && date.bytes().enumerate().all(|(at, byte)| match at {
-            4 | 7 => byte == b'-',
-            _ => byte.is_ascii_digit(),
-        });
-    let rest = text.get(10..).unwrap_or_default();
-    let is_time = rest.is_empty()
-        || (rest.starts_with(['T', ' '])
-            && rest.len() > 1
-            && rest[1..].starts_with(|c: char| c.is_ascii_digit()));
-    text == "now" || text == "now()" || (is_date && is_time)
 }
 
 #[cfg(test)]
