@@ -123,6 +123,11 @@ fn context(env: &WorkerEnv, log_level: Option<&str>, worker_id: &str) -> Result<
         .map_err(|reason| bad("environment", reason))
 }
 
+/// What the worker writes is for its own user: data sets, addresses with tokens.
+fn keep_private() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+}
+
 fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -130,10 +135,19 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
+    keep_private();
     let env = WorkerEnv::from_process();
     let unnamed = || format!("worker-{}", std::process::id());
     let worker_id = env.runpod.pod_id.clone().unwrap_or_else(unnamed);
-    let context = context(&env, arguments.log_level.as_deref(), &worker_id)?;
+    let context = match context(&env, arguments.log_level.as_deref(), &worker_id) {
+        Ok(context) => context,
+        Err(error) => {
+            // Else nobody sees more of it than a worker that ends.
+            let reason = error.to_string();
+            runtime()?.block_on(ping::unhealthy(&env.runpod, &worker_id, "state", &reason));
+            return Err(error);
+        }
+    };
     context.log.info(&format!(
         "--- Starting Serverless Worker |  Version {} ---",
         env!("CARGO_PKG_VERSION")
@@ -203,6 +217,11 @@ async fn serve_queue(context: &Context, platform: &Platform, draining: &Cancel) 
     match queue::run(context, platform, &jobs, draining).await {
         End::Drained => ExitCode::SUCCESS,
         End::Refused => ExitCode::FAILURE,
+        End::Broken => {
+            let reason = "the device does not work any more";
+            ping::unhealthy(env, &platform.worker_id, "gpu", reason).await;
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -241,6 +260,7 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
 }
 
 fn check(arguments: &PreflightArguments) -> Result<ExitCode> {
+    keep_private();
     let env = WorkerEnv::from_process();
     let context = context(&env, Some("ERROR"), "preflight")?;
     let wishes = Wishes {

@@ -10,8 +10,8 @@ use super::context::Context;
 use super::deliver;
 use super::job::Job;
 use super::log::Log;
-use super::net::Cancel;
 use super::net::time::{iso8601, unix_seconds};
+use super::net::{Cancel, Canceller};
 use super::platform::{Posted, Taken};
 use super::row::Row;
 use super::status::Status;
@@ -45,6 +45,8 @@ pub struct Attempt<'a> {
     pub taken_at: Instant,
     /// Goes up where a checkpoint is wanted at once, as the worker may end soon.
     pub draining: Cancel,
+    /// Goes up where the device does not work any more: no further job has a chance.
+    pub broken: Canceller,
 }
 
 impl Attempt<'_> {
@@ -130,7 +132,7 @@ pub(super) async fn settle_failed(
     body.insert("completed_at".to_owned(), json!(iso8601(unix_seconds())));
     let patience = FAILURE_PATIENCE;
     let never = Cancel::never();
-    let written = deliver::patiently(patience, &never, async || row.write(&body).await).await;
+    let written = deliver::patiently(patience, &never, async || row.fail(&body).await).await;
     match written {
         Err(error) => log.warn(&format!(
             "the failure could not be written to the row: {error}"

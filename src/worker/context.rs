@@ -50,6 +50,9 @@ impl Context {
         scratch: PathBuf,
         log: Log,
     ) -> Result<Self, String> {
+        if !env.problems.is_empty() {
+            return Err(env.problems.join("; "));
+        }
         let supabase = match (&env.supabase_url, env.supabase_key.is_empty()) {
             (Some(url), false) => {
                 let project = Supabase::new(url, env.supabase_key.clone());

@@ -31,6 +31,10 @@ pub struct Unfit {
 /// # Errors
 /// The first check that fails.
 pub async fn check(context: &Context) -> Result<(), Unfit> {
+    check_volume(context).map_err(|reason| Unfit {
+        check: "volume",
+        reason,
+    })?;
     check_state(context).map_err(|reason| Unfit {
         check: "disk",
         reason,
@@ -39,6 +43,25 @@ pub async fn check(context: &Context) -> Result<(), Unfit> {
         check: "gpu",
         reason,
     })
+}
+
+/// A worker that is told of a volume and does not see it would keep jobs where nobody finds them.
+fn check_volume(context: &Context) -> Result<(), String> {
+    let (volumes, env) = (context.volumes(), &context.env);
+    let is_there = env.state_dir.is_some() || volumes.iter().any(|path| path.is_dir());
+    match &env.runpod.volume_id {
+        Some(id) if !is_there => {
+            let tried: Vec<String> = volumes
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
+            Err(format!(
+                "RUNPOD_VOLUME_ID is `{id}`, and no volume is mounted at {}; attach it to the endpoint",
+                tried.join(", ")
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_state(context: &Context) -> Result<(), String> {
@@ -68,7 +91,10 @@ fn check_state(context: &Context) -> Result<(), String> {
 }
 
 /// Runs kernels on the device in a process of its own, so that this one holds none of its memory.
-async fn check_device(context: &Context) -> Result<(), String> {
+///
+/// # Errors
+/// Why it does not work, for a person.
+pub async fn check_device(context: &Context) -> Result<(), String> {
     if let Some(gpu) = Gpu::open().describe() {
         context.log.info(&format!("GPU: {gpu}"));
     }

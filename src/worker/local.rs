@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::attempt::Attempt;
 use super::cancel::{Ends, Reason};
 use super::context::Context;
-use super::net::Cancel;
+use super::net::{Cancel, Canceller};
 use super::platform::Taken;
 use super::upstream::{Board, Upstream};
 
@@ -49,6 +49,7 @@ async fn run(
     draining: &Cancel,
 ) -> Value {
     let attempt = Attempt {
+        broken: Canceller::new().0,
         context,
         upstream: &Upstream::Local(board.clone()),
         taken,

@@ -31,6 +31,8 @@ pub enum End {
     Drained,
     /// The platform does not take this worker.
     Refused,
+    /// The device does not work any more.
+    Broken,
 }
 
 /// Listens to SIGTERM and SIGINT: with the first the flag goes up (no more jobs, checkpoints are saved), the second ends the
@@ -92,6 +94,7 @@ async fn take_jobs(
     let hearing = tokio::spawn(hear_stops(platform.clone(), stops, log.clone()));
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
     let mut end = End::Drained;
+    let (broken, _) = Canceller::new();
     while !draining.is_cancelled() {
         // What was to be stopped is over; the same job may come again.
         while stopped.try_recv().is_ok() {}
@@ -118,9 +121,14 @@ async fn take_jobs(
                         jobs,
                         &mut stopped,
                         draining,
+                        &broken,
                     ))
                     .await;
                     is_refused |= posted == Posted::Unauthorized;
+                }
+                if broken.is_cancelled() {
+                    end = End::Broken;
+                    break;
                 }
                 if is_refused {
                     end = End::Refused;
@@ -156,6 +164,7 @@ async fn run_one(
     jobs: &InProgress,
     stopped: &mut mpsc::UnboundedReceiver<Vec<String>>,
     draining: &Cancel,
+    broken: &Canceller,
 ) -> Posted {
     let taken = match Taken::parse(job) {
         Ok(taken) => taken,
@@ -177,6 +186,7 @@ async fn run_one(
         ends: &ends,
         taken_at: tokio::time::Instant::now(),
         draining: draining.clone(),
+        broken: broken.clone(),
     };
     let mut work = Box::pin(attempt.run());
     let mut drained = std::pin::pin!(after_drain(draining, context.env.drain));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::deliver::patiently;
 use super::log::Log;
 use super::net::Cancel;
 use super::net::time::{iso8601, unix_seconds};
@@ -15,6 +16,11 @@ const TABLE: &str = "pipeline_training_jobs";
 const METRICS: &str = "pipeline_training_metrics";
 /// Code of the database for a text that its type cannot be read from.
 const NO_SUCH_VALUE: &str = "22P02";
+/// Time that a row is asked for before a job begins without it.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Tries to write a row that somebody else wrote in between, and the time between them.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
 /// Steps between two tries to get a row that another worker is at.
 const LOOKS: u32 = 6;
 /// What a worker that trains changes, and nobody else.
@@ -93,8 +99,9 @@ impl Row {
     ) -> Claim {
         let mut seen: Option<(Value, tokio::time::Instant)> = None;
         let mut told = false;
+        let mut tries = 0;
         loop {
-            let row = match self.read().await {
+            let row = match patiently(PATIENCE, cancel, async || self.read().await).await {
                 Ok(Some(row)) => row,
                 Ok(None) => {
                     log.warn(&format!(
@@ -135,9 +142,19 @@ impl Row {
                 }
                 _ => {}
             }
-            match self.take(&row).await {
+            match patiently(PATIENCE, cancel, async || self.take(&row).await).await {
                 Ok(true) => return Claim::Ours,
-                Ok(false) => seen = None,
+                // Somebody wrote in between, or the key may read and not write.
+                Ok(false) if tries < TRIES => {
+                    (seen, tries) = (None, tries + 1);
+                    if cancel.or(tokio::time::sleep(PAUSE)).await.is_err() {
+                        return Claim::Cancelled;
+                    }
+                }
+                Ok(false) => {
+                    let text = "the row can be read and not updated; is SUPABASE_SERVICE_ROLE_KEY the service role's?";
+                    return Claim::Unreachable(text.to_owned());
+                }
                 Err(error) => return Claim::Unreachable(error.to_string()),
             }
         }
@@ -158,6 +175,9 @@ impl Row {
         if row.get("started_at").is_none_or(Value::is_null) {
             body.insert("started_at".to_owned(), json!(now));
         }
+        // What an earlier attempt may have left.
+        body.insert("error_message".to_owned(), Value::Null);
+        body.insert("completed_at".to_owned(), Value::Null);
         self.update_from(&updated_at(row), &body).await
     }
 
@@ -243,14 +263,33 @@ impl Row {
     /// # Errors
     /// Those of the database.
     pub async fn write(&self, body: &Map<String, Value>) -> Result<Updated, ServiceError> {
+        self.write_where("neq.cancelled", body).await
+    }
+
+    /// Writes a failure, unless the application cancelled the job, or somebody finished it.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn fail(&self, body: &Map<String, Value>) -> Result<Updated, ServiceError> {
+        self.write_where("not.in.(cancelled,completed)", body).await
+    }
+
+    async fn write_where(
+        &self,
+        status: &str,
+        body: &Map<String, Value>,
+    ) -> Result<Updated, ServiceError> {
         let id = self.id();
-        let filters = [("id", &*id), ("status", "neq.cancelled")];
+        let filters = [("id", &*id), ("status", status)];
         let written = self.supabase.patch(TABLE, &filters, body, true).await;
         match written {
             Ok(rows) if !rows.is_empty() => Ok(Updated::Yes),
             Ok(_) => Ok(match self.read().await? {
                 None => Updated::Missing,
-                Some(_) => Updated::Cancelled,
+                Some(row) if row.get("status").and_then(Value::as_str) == Some("cancelled") => {
+                    Updated::Cancelled
+                }
+                Some(_) => Updated::Contested,
             }),
             // Of the id or of a value of `body`: whether there is a row tells.
             Err(error) if error.code == NO_SUCH_VALUE => match self.read().await? {

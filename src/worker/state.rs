@@ -33,7 +33,7 @@ pub struct JobDir {
     dir: PathBuf,
 }
 
-/// How often a job was begun without getting further.
+/// How often a job was begun without getting further, nor to an end.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempts {
     /// Times since it last got further.
@@ -147,6 +147,23 @@ impl JobDir {
         Ok(now)
     }
 
+    /// Counts beginnings anew: this one came to an end that was told, and was no crash.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn ended(&self) -> Result<()> {
+        let Some(attempts) = self.read::<Attempts>("attempts.json") else {
+            return Ok(());
+        };
+        self.write(
+            "attempts.json",
+            &Attempts {
+                count: 0,
+                ..attempts
+            },
+        )
+    }
+
     /// Step of the newest checkpoint; 0 without one.
     pub fn newest_checkpoint(&self) -> u64 {
         let entries = fs_err::read_dir(self.path("run/checkpoints"))
@@ -190,6 +207,9 @@ mod tests {
         let further = job.begin().unwrap();
         assert_eq!((further.count, further.total, further.step), (1, 3, 4));
         assert_eq!(job.begin().unwrap().count, 2);
+        job.ended().unwrap();
+        let next = job.begin().unwrap();
+        assert_eq!((next.count, next.total, next.step), (1, 5, 4));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::row::{Claim, Row, is_delivered};
 use super::run::{self, Ran, Signals};
 use super::state::JobDir;
 use super::status::Status;
-use super::{base, data, news};
+use super::{base, data, fitness, news};
 use crate::config::TrainConfig;
 use crate::durable::Durable;
 
@@ -29,6 +29,9 @@ const OUTPUT: &str = "run";
 /// Said of a job that is stopped shortly before the platform would.
 const OUT_OF_TIME: &str = "the job's time (policy.executionTimeout) was nearly over; its checkpoint is kept, and the same job_id sent \
      again with a longer time goes on there";
+
+/// Exit codes of a trainer that say nothing against the device: memory, numbers, data, a missing file, the disk.
+const EXPLAINED: [u8; 5] = [12, 17, 65, 66, 74];
 
 /// Why a job has no adapter.
 #[derive(Debug)]
@@ -101,13 +104,46 @@ impl Work<'_> {
             (None, None) => (self.ended(ends.reason().unwrap_or(Reason::Shutdown)), None),
         };
         watch.abort();
-        let posted = self.attempt.post(&answer, &self.log).await;
+        let answer = self.with_stop_pod(answer);
+        let posted = self.post(&answer).await;
+        let goes_on = matches!(ends.reason(), Some(Reason::LostLease | Reason::Shutdown));
+        if delivery.is_none()
+            && !goes_on
+            && lease.as_ref().is_some_and(|lease| !lease.is_lost())
+            && let Err(error) = self.dir.ended()
+        {
+            self.log.warn(&error.to_string());
+        }
         if let Some(mut delivery) = delivery {
             delivery
                 .finish(&posted, context, &self.dir, &self.log)
                 .await;
         }
         posted
+    }
+
+    /// Asks the platform for a fresh worker where this one's device is gone.
+    fn with_stop_pod(&self, mut answer: Answer) -> Answer {
+        if let (Answer::Body(body), true) = (&mut answer, self.attempt.broken.is_cancelled()) {
+            body["stopPod"] = json!(true);
+        }
+        answer
+    }
+
+    /// Gives the answer, until the job is stopped meanwhile.
+    async fn post(&self, answer: &Answer) -> Posted {
+        let ends = self.attempt.ends;
+        if ends.reason().is_some() {
+            return self.attempt.post(answer, &self.log).await;
+        }
+        let posted = ends.cancel().or(self.attempt.post(answer, &self.log)).await;
+        posted.unwrap_or_else(|_| {
+            self.log.info("Job stopped.");
+            match ends.reason() {
+                Some(Reason::JobStop) => Posted::Gone,
+                _ => Posted::Undelivered("the worker stops".to_owned()),
+            }
+        })
     }
 
     /// What is done while the job is held.
@@ -144,6 +180,10 @@ impl Work<'_> {
         // Nothing is reported after the last word.
         let status = reports.stop().await;
         let result = match brought {
+            // Nobody wants it any more, though it is in the storage.
+            Ok(delivery) if self.attempt.ends.reason().is_some() || lease.is_lost() => {
+                Err(self.stuck(delivery, Stuck::Kept("it was stopped".to_owned())))
+            }
             Ok(delivery) => self.conclude(delivery).await,
             Err(failure) => Err(failure),
         };
@@ -243,7 +283,7 @@ impl Work<'_> {
         if attempts.count > context.env.max_attempts {
             return Err(Failure::Failed(format!(
                 "the job was begun {} times without getting further than step {}, expected at most {}; it is given up. What is \
-                 trained is kept; delete the job's directory to begin anew",
+                 trained is kept; sent again it begins to count anew",
                 attempts.count - 1,
                 attempts.step,
                 context.env.max_attempts
@@ -278,6 +318,15 @@ impl Work<'_> {
         let ran = ran.map_err(|error| {
             Failure::Failed(format!("the trainer could not be started: {error}"))
         })?;
+        if let Ending::Failed { exit_code, .. } = &ran.ending
+            && !EXPLAINED.contains(exit_code)
+            && ends.reason().is_none()
+            && let Err(reason) = fitness::check_device(context).await
+        {
+            self.log
+                .error(&format!("the device does not work any more: {reason}"));
+            self.attempt.broken.cancel();
+        }
         self.trained(
             ran,
             config.lora_r.max(config.lora_expert_r.unwrap_or(0)),

@@ -1,5 +1,6 @@
 //! What the worker is told by its environment. `docs/worker.md` has the table.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub struct RunpodEnv {
     pub gpu_type_id: Option<String>,
     /// `RUNPOD_ENDPOINT_ID`; where it is there, logs are JSON.
     pub endpoint_id: Option<String>,
+    /// `RUNPOD_VOLUME_ID`: there is a network volume.
+    pub volume_id: Option<String>,
     /// `RUNPOD_LOG_LEVEL`, else `RUNPOD_DEBUG_LEVEL`.
     pub log_level: Option<String>,
     /// `RUNPOD_SKIP_AUTO_SYSTEM_CHECKS`, `true`: no checks before the first job.
@@ -36,6 +39,8 @@ const CALLBACK_WAITS: [u64; 6] = [0, 5, 30, 120, 300, 300];
 /// What the worker's operator sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerEnv {
+    /// Values that are none of their kind: what was found and what was expected. A worker does not begin with one.
+    pub problems: Vec<String>,
     /// RunPod's own.
     pub runpod: RunpodEnv,
     /// `SUPABASE_URL`.
@@ -95,13 +100,37 @@ impl WorkerEnv {
         let secret = |name: &str| get(name).map(|value| Secret::new(&value));
         let secret = |name: &str| secret(name).unwrap_or_default();
         let flag = |name: &str| get(name).is_some_and(|value| is_true(&value));
-        let number = |name: &str| get(name).and_then(|value| value.trim().parse::<f64>().ok());
-        let span = |name: &str| number(name).and_then(|s| Duration::try_from_secs_f64(s).ok());
-        let seconds = |name: &str, s: u64| span(name).unwrap_or(Duration::from_secs(s));
-        let interval = number("RUNPOD_PING_INTERVAL").map(|ms| ms / 1e3);
-        let interval = interval.and_then(|s| Duration::try_from_secs_f64(s).ok());
-        let integer = |name: &str| get(name).and_then(|value| value.trim().parse::<u64>().ok());
-        Self {
+        let problems = RefCell::new(Vec::new());
+        let parsed = |name: &str, expected: &str, parse: &dyn Fn(&str) -> Option<f64>| {
+            let value = get(name)?;
+            let found = parse(value.trim());
+            if found.is_none() {
+                let text = format!("{name} is `{value}`, expected {expected}");
+                problems.borrow_mut().push(text);
+            }
+            found
+        };
+        let number = |name: &str, expected: &str, least: f64| {
+            let valid = |number: &f64| number.is_finite() && *number >= least;
+            parsed(name, expected, &|text| text.parse().ok().filter(valid))
+        };
+        let span = |name: &str, least: f64| {
+            let expected = format!("a number of seconds, at least {least}");
+            let seconds = number(name, &expected, least)?;
+            Duration::try_from_secs_f64(seconds).ok()
+        };
+        let seconds =
+            |name: &str, least: f64, s: u64| span(name, least).unwrap_or(Duration::from_secs(s));
+        let interval = number("RUNPOD_PING_INTERVAL", "a number of milliseconds", 0.0);
+        let interval = interval.and_then(|ms| Duration::try_from_secs_f64(ms / 1e3).ok());
+        let integer = |name: &str, usual: u64| {
+            let read = |text: &str| text.parse::<u64>().ok().map(|number| number as f64);
+            parsed(name, "a whole number", &read)
+                .and_then(|_| get(name)?.trim().parse().ok())
+                .unwrap_or(usual)
+        };
+        let read = Self {
+            problems: Vec::new(),
             runpod: RunpodEnv {
                 get_job: get("RUNPOD_WEBHOOK_GET_JOB"),
                 post_output: get("RUNPOD_WEBHOOK_POST_OUTPUT"),
@@ -113,6 +142,7 @@ impl WorkerEnv {
                 pod_id: get("RUNPOD_POD_ID"),
                 gpu_type_id: get("RUNPOD_GPU_TYPE_ID"),
                 endpoint_id: get("RUNPOD_ENDPOINT_ID"),
+                volume_id: get("RUNPOD_VOLUME_ID"),
                 log_level: get("RUNPOD_LOG_LEVEL").or_else(|| get("RUNPOD_DEBUG_LEVEL")),
                 skip_checks: flag("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"),
             },
@@ -136,21 +166,21 @@ impl WorkerEnv {
             callback_auth: secret("BRIGHTRUN_CALLBACK_AUTH"),
             allow_private_urls: flag("BRIGHTRUN_ALLOW_PRIVATE_URLS"),
             device: get("BRIGHTRUN_DEVICE"),
-            max_dataset_bytes: integer("BRIGHTRUN_MAX_DATASET_BYTES").unwrap_or(5 << 30),
-            max_attempts: integer("BRIGHTRUN_MAX_ATTEMPTS")
-                .and_then(|count| u32::try_from(count).ok())
-                .unwrap_or(5),
-            keep: number("BRIGHTRUN_KEEP_DAYS")
+            max_dataset_bytes: integer("BRIGHTRUN_MAX_DATASET_BYTES", 5 << 30),
+            max_attempts: u32::try_from(integer("BRIGHTRUN_MAX_ATTEMPTS", 5)).unwrap_or(u32::MAX),
+            keep: number("BRIGHTRUN_KEEP_DAYS", "a number of days", 0.0)
                 .and_then(|days| Duration::try_from_secs_f64(86_400.0 * days).ok())
                 .unwrap_or(Duration::from_hours(7 * 24)),
-            report: seconds("BRIGHTRUN_REPORT_S", 5),
-            lease: seconds("BRIGHTRUN_LEASE_S", 60),
-            retry: seconds("BRIGHTRUN_RETRY_S", 900),
-            callback_waits: get("BRIGHTRUN_CALLBACK_WAITS_S")
-                .and_then(|list| spans(&list))
-                .unwrap_or_else(|| CALLBACK_WAITS.map(Duration::from_secs).to_vec()),
-            watchdog: seconds("BRIGHTRUN_WATCHDOG_S", 1800),
-            drain: span("BRIGHTRUN_DRAIN_S"),
+            report: seconds("BRIGHTRUN_REPORT_S", 0.1, 5),
+            lease: seconds("BRIGHTRUN_LEASE_S", 1.0, 60),
+            retry: seconds("BRIGHTRUN_RETRY_S", 0.0, 900),
+            callback_waits: callback_waits(get("BRIGHTRUN_CALLBACK_WAITS_S"), &problems),
+            watchdog: seconds("BRIGHTRUN_WATCHDOG_S", 1.0, 1800),
+            drain: span("BRIGHTRUN_DRAIN_S", 0.0),
+        };
+        Self {
+            problems: problems.into_inner(),
+            ..read
         }
     }
 }
@@ -160,6 +190,20 @@ fn is_true(value: &str) -> bool {
         value.trim().to_ascii_lowercase().as_str(),
         "1" | "true" | "yes" | "on"
     )
+}
+
+fn callback_waits(list: Option<String>, problems: &RefCell<Vec<String>>) -> Vec<Duration> {
+    let usual = || CALLBACK_WAITS.map(Duration::from_secs).to_vec();
+    let Some(list) = list else {
+        return usual();
+    };
+    spans(&list).unwrap_or_else(|| {
+        let text = format!(
+            "BRIGHTRUN_CALLBACK_WAITS_S is `{list}`, expected numbers of seconds with `,` between"
+        );
+        problems.borrow_mut().push(text);
+        usual()
+    })
 }
 
 /// `0,0.5,30` as spans of time.
@@ -188,6 +232,33 @@ mod tests {
         assert_eq!((within(10), within(15)), (5, 6));
         // All of them while a delivery is tried for.
         assert!(at <= WorkerEnv::read(|_| None).retry);
+    }
+
+    #[test]
+    fn what_is_no_number_is_said() {
+        let read = |name: &'static str, value: &'static str| {
+            WorkerEnv::read(move |asked| (asked == name).then(|| value.to_owned()))
+        };
+        for (name, value) in [
+            ("BRIGHTRUN_MAX_DATASET_BYTES", "10GB"),
+            ("BRIGHTRUN_RETRY_S", "15m"),
+            ("BRIGHTRUN_LEASE_S", "0"),
+            ("BRIGHTRUN_WATCHDOG_S", "-5"),
+            ("BRIGHTRUN_KEEP_DAYS", "NaN"),
+            ("RUNPOD_PING_INTERVAL", "often"),
+        ] {
+            let problems = read(name, value).problems;
+            let begins = format!("{name} is `{value}`, expected ");
+            assert!(
+                problems.len() == 1 && problems[0].starts_with(&begins),
+                "{problems:?}"
+            );
+        }
+        let read = read("BRIGHTRUN_MAX_DATASET_BYTES", "17179869184");
+        assert_eq!(
+            (read.max_dataset_bytes, read.problems),
+            (16 << 30, Vec::new())
+        );
     }
 
     #[test]
