@@ -10,10 +10,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Each module and those it may name. `cli` is the binary: it may name all.
-const MAY_NAME: [(&str, &[&str]); 19] = [
+const MAY_NAME: [(&str, &[&str]); 20] = [
     ("error", &[]),
     ("random", &[]),
     ("hex", &[]),
+    ("http", &[]),
     ("durable", &["error"]),
     ("tensor", &["error"]),
     ("config", &["error"]),
@@ -65,10 +66,10 @@ const MAY_NAME: [(&str, &[&str]); 19] = [
     (
         "worker",
         &[
-            "error", "durable", "config", "data", "store", "plan", "train", "export", "hex",
+            "error", "durable", "config", "data", "store", "plan", "train", "export", "hex", "http",
         ],
     ),
-    ("sim", &["data", "hex"]),
+    ("sim", &["data", "hex", "http"]),
     ("lib", &[]),
 ];
 
