@@ -8,12 +8,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::archive::{self, Sealed};
-use super::callback::{Callback, Event};
+use super::callback::Event;
 use super::context::Context;
 use super::log::Log;
 use super::net::Cancel;
 use super::net::backoff::Backoff;
 use super::net::time::{iso8601, unix_seconds};
+use super::news::tell;
 use super::platform::Posted;
 use super::row::{Row, Updated, is_delivered};
 use super::state::{JobDir, Stored};
@@ -469,34 +470,6 @@ pub async fn settle(
         log.warn("the row's last state was overwritten; it is written again");
         let _ = row.write(body).await;
     }
-}
-
-/// Sends an event until it is there, after each of `waits`, for `patience`. Whether it is settled: there, or never to be.
-pub async fn tell(
-    callback: &Callback,
-    event: &Event,
-    waits: &[Duration],
-    patience: Duration,
-    log: &Log,
-) -> bool {
-    let deadline = tokio::time::Instant::now() + patience;
-    for wait in waits {
-        let until = tokio::time::Instant::now() + *wait;
-        if until > deadline {
-            return false;
-        }
-        tokio::time::sleep_until(until).await;
-        match callback.send(event).await {
-            Ok(_) => return true,
-            Err(error) => {
-                log.warn(&error.to_string());
-                if error.stop_for_good {
-                    return true;
-                }
-            }
-        }
-    }
-    false
 }
 
 /// An id without dots, as those of events are.

@@ -1,12 +1,13 @@
-//! The end of a job without an adapter, for its callback: written down until it is heard, so that a later worker tells what this one
-//! could not.
+//! The end of a job, for its callback. Of one without an adapter it is written down until it is heard, so that a later worker tells
+//! what this one could not; of one with an adapter the delivery knows ([`super::deliver`]).
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::attempt::FAILURE_PATIENCE;
-use super::callback::Event;
+use super::callback::{Callback, Event};
 use super::context::Context;
-use super::deliver::tell;
 use super::log::Log;
 use super::state::JobDir;
 use crate::config::Secret;
@@ -64,4 +65,32 @@ async fn send(news: &News, context: &Context, dir: &JobDir, log: &Log) {
     if is_settled {
         forget(dir);
     }
+}
+
+/// Sends an event until it is there, after each of `waits`, for `patience`. Whether it is settled: there, or never to be.
+pub async fn tell(
+    callback: &Callback,
+    event: &Event,
+    waits: &[Duration],
+    patience: Duration,
+    log: &Log,
+) -> bool {
+    let deadline = tokio::time::Instant::now() + patience;
+    for wait in waits {
+        let until = tokio::time::Instant::now() + *wait;
+        if until > deadline {
+            return false;
+        }
+        tokio::time::sleep_until(until).await;
+        match callback.send(event).await {
+            Ok(_) => return true,
+            Err(error) => {
+                log.warn(&error.to_string());
+                if error.stop_for_good {
+                    return true;
+                }
+            }
+        }
+    }
+    false
 }

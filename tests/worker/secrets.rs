@@ -197,7 +197,10 @@ fn preflight_shows_no_secret() {
         let output = command.output().unwrap();
         assert_eq!(output.status.success(), !refuse);
         let said = [output.stdout, output.stderr].concat();
-        assert!(String::from_utf8_lossy(&said).contains("storage"));
+        let text = String::from_utf8_lossy(&said);
+        assert!(text.contains("storage"), "{text}");
+        // What was repeated came this far.
+        assert_eq!(text.contains("bad key [redacted]"), refuse, "{text}");
         check_text("preflight", &said);
     }
 }

@@ -95,7 +95,7 @@ fn without_a_common_volume_one_of_two_trains() {
 #[test]
 fn a_row_that_the_dispatcher_wrote_over_gives_the_job_to_one() {
     let mut deployment = Deployment::new();
-    let (body, id) = deployment.job(91, 20);
+    let (body, id) = deployment.job(91, 10);
     let runpod_id = deployment.sim.submit(body).unwrap();
     let first = deployment.worker_with(&[("BRIGHTRUN_REPORT_S", "2")]);
     deployment.until_step(&id, 1);
