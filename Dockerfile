@@ -3,9 +3,9 @@
 
 FROM nvidia/cuda:12.8.1-devel-ubuntu22.04 AS chef
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates curl g++ make && rm -rf /var/lib/apt/lists/*
-ENV RUSTUP_HOME=/opt/rustup CARGO_HOME=/opt/cargo PATH=/opt/cargo/bin:$PATH
-COPY rust-toolchain.toml /tmp/
-RUN curl -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --default-toolchain "$(sed -n 's/^channel = "\(.*\)"/\1/p' /tmp/rust-toolchain.toml)"
+# The channel of rust-toolchain.toml, without the components that only a developer needs.
+ENV RUSTUP_HOME=/opt/rustup CARGO_HOME=/opt/cargo PATH=/opt/cargo/bin:$PATH RUSTUP_TOOLCHAIN=1.95.0
+RUN curl -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --default-toolchain "$RUSTUP_TOOLCHAIN"
 RUN cargo install --locked cargo-chef@0.1.73
 WORKDIR /src
 

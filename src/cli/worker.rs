@@ -149,8 +149,9 @@ fn run(arguments: &WorkerArguments) -> Result<ExitCode> {
         }
     };
     context.log.info(&format!(
-        "--- Starting Serverless Worker |  Version {} ---",
-        env!("CARGO_PKG_VERSION")
+        "--- Starting Serverless Worker |  Version {}{} ---",
+        env!("CARGO_PKG_VERSION"),
+        option_env!("BRIGHTRUN_COMMIT").map_or(String::new(), |commit| format!(" ({commit})"))
     ));
     runtime()?.block_on(async {
         let draining = queue::listen(&context)?;
