@@ -73,7 +73,7 @@ fn check_everywhere(deployment: &Deployment, address: &[&str]) {
     }
     for object in deployment.sim.objects() {
         let mut bytes = fs_err::read(&object.file).unwrap();
-        if object.path.ends_with(".gz") {
+        if bytes.starts_with(b"\x1f\x8b") {
             let packed = std::mem::take(&mut bytes);
             flate2::read::GzDecoder::new(&packed[..])
                 .read_to_end(&mut bytes)

@@ -76,10 +76,7 @@ fn check_delivered(deployment: &Deployment, id: &str, runpod_id: &str) -> Vec<Ob
     );
 
     let archive = deployment.object(&format!("adapters/{id}.tar.gz")).unwrap();
-    let digest: String = Sha256::digest(&archive)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let digest = brightrun::hex::hex(&Sha256::digest(&archive));
     assert_eq!(document["output"]["adapter_sha256"], json!(digest));
     let mut objects = deployment.sim.objects();
     let mut paths: Vec<&str> = objects.iter().map(|object| object.path.as_str()).collect();
