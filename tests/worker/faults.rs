@@ -304,7 +304,7 @@ fn a_job_that_gets_nowhere_is_given_up() {
 fn a_job_is_stopped_before_its_time_is_over() {
     let mut deployment = Deployment::new();
     let (mut body, id) = deployment.job(38, 20);
-    body["policy"] = json!({"executionTimeout": 63_000});
+    body["policy"] = json!({"executionTimeout": 66_000});
     let runpod_id = deployment.sim.submit(body).unwrap();
     let worker = deployment.worker();
     let document = deployment.ended(&runpod_id);

@@ -17,6 +17,7 @@ mod memory;
 mod path;
 mod probe;
 mod secrets;
+mod trust;
 mod twins;
 mod upload;
 mod wire;

@@ -2,7 +2,12 @@
 
 use std::io::{BufReader, Write};
 use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
 
+use brightrun::worker::log::{Level, Log};
+use brightrun::worker::net::Cancel;
+use brightrun::worker::row::{Claim, Row as JobRow, Updated};
 use brightrun::worker::secret::Secret;
 use brightrun::worker::supabase::{Row, Supabase};
 use serde_json::{Value, json};
@@ -182,4 +187,28 @@ async fn a_dead_connection_is_tried_once_more() {
         }
         assert_eq!(server.join().unwrap().len(), 3);
     }
+}
+
+#[tokio::test]
+async fn a_row_that_cannot_be_updated_is_not_claimed_for_ever() {
+    let server = Server::start(|request, stream| match request.method.as_str() {
+        "GET" => answer(stream, 200, "", br#"[{"id": "a", "status": "queued"}]"#),
+        _ => answer(stream, 200, "", b"[]"),
+    });
+    let project = Supabase::new(&server.url("/"), Secret::new(KEY)).unwrap();
+    let log = Log::new(Arc::new(|_: &str| {}), Level::Error, false, &[]);
+    let row = JobRow::new(&project, "a");
+    let never = Cancel::never();
+    let claim = row.claim(Duration::from_secs(1), false, &never, &log);
+    let claim = tokio::time::timeout(Duration::from_secs(20), claim).await;
+    match claim.unwrap() {
+        Claim::Unreachable(reason) => assert!(reason.contains("not updated"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let failed = row.fail(&row_of_failure()).await;
+    assert_eq!(failed.unwrap(), Updated::Contested);
+}
+
+fn row_of_failure() -> Row {
+    row(json!({"status": "failed"}))
 }
