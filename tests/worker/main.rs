@@ -14,6 +14,7 @@ mod harness;
 mod kills;
 mod local;
 mod memory;
+mod outside;
 mod path;
 mod probe;
 mod secrets;
