@@ -7,6 +7,7 @@
 )]
 
 mod cancel;
+mod download;
 mod events;
 mod faults;
 mod floods;
