@@ -3,6 +3,7 @@
 //! Every operation is counted, so that a fault test can end the process before any one of them.
 
 use std::cell::Cell;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -176,21 +177,42 @@ impl Durable {
     }
 }
 
-/// Where the new contents of `path` are written before they take its place: `.<name>.<process>.partial` beside it.
+/// Where the new contents of `path` are written before they take its place: `.<name>.<process>-<mark>.partial` beside it.
 pub fn partial_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}.partial", std::process::id()))
+    let process = std::process::id();
+    let mark = mark_of(process).unwrap_or_default();
+    path.with_file_name(format!(".{name}.{process}-{mark:016x}.partial"))
 }
 
-/// Whether `name` is that of a partial file and nobody is writing it.
+/// What tells a process from others of the same number: those of other hosts and containers, and those before it. `None` for one
+/// that is not there.
+fn mark_of(process: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // Behind the name, which may hold anything, the start is the twentieth field: ticks since the machine booted.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let start = fields.split_whitespace().nth(19)?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let mut hasher = DefaultHasher::new();
+    let name = rustix::system::uname();
+    (process, start, boot, name.nodename()).hash(&mut hasher);
+    Some(hasher.finish())
+}
+
+/// Whether `name` is that of a partial file and no process of this host is writing it: who asks holds the directory, so that none of
+/// another host is either.
 fn is_abandoned(name: &str) -> bool {
     let writer = name.strip_suffix(".partial");
-    let writer = writer.and_then(|rest| rest.rsplit('.').next()?.parse().ok());
-    let Some(writer) = writer.and_then(rustix::process::Pid::from_raw) else {
+    let writer = writer.and_then(|rest| rest.rsplit('.').next()?.split_once('-'));
+    let writer = writer.and_then(|(process, mark)| {
+        let mark = u64::from_str_radix(mark, 16).ok()?;
+        Some((process.parse().ok()?, mark))
+    });
+    let Some((process, mark)) = writer else {
         return false;
     };
     // This process has not begun to write when it asks.
-    writer == rustix::process::getpid() || rustix::process::test_kill_process(writer).is_err()
+    process == std::process::id() || mark_of(process) != Some(mark)
 }
 
 /// Asks for the space of a file; file systems that cannot say are believed.
@@ -208,5 +230,55 @@ fn reserve(file: &fs::File, len: usize) -> Result<()> {
             Err(std::io::Error::new(std::io::ErrorKind::StorageFull, text).into())
         }
         Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process that lives until it is dropped.
+    struct Other(std::process::Child);
+
+    impl Drop for Other {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn partial_files_belong_to_one_process_alone() {
+        let partial = partial_of(Path::new("dir/a.json"));
+        let name = partial.file_name().unwrap().to_str().unwrap();
+        assert!(is_abandoned(name), "its own");
+        let other = std::process::Command::new("sleep").arg("60").spawn();
+        let other = Other(other.unwrap());
+        let process = other.0.id();
+        let mark = mark_of(process).unwrap();
+        let of_other = format!(".a.json.{process}-{mark:016x}.partial");
+        assert!(!is_abandoned(&of_other), "another that is alive");
+        // The same number on another host, or before.
+        let foreign = format!(".a.json.{process}-{:016x}.partial", mark ^ 1);
+        assert!(is_abandoned(&foreign));
+        drop(other);
+        assert!(is_abandoned(&of_other), "another that is gone");
+        for name in ["a.json", "a.partial", ".a.12.partial", ".a.x-1.partial"] {
+            assert!(!is_abandoned(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_link_points_to_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outside, link) = (dir.path().join("outside"), dir.path().join("link"));
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("kept"), "kept").unwrap();
+        std::os::unix::fs::symlink(&outside, &link).unwrap();
+        // With a slash behind it, as the path of a directory may have, it is refused or means the link.
+        let _ = Durable::default().remove_dir(&link.join(""));
+        let _ = Durable::default().remove_dir(&link);
+        assert!(!link.is_symlink());
+        assert_eq!(fs::read(outside.join("kept")).unwrap(), b"kept");
     }
 }

@@ -1,14 +1,14 @@
 //! The library's side of [`Sim`]: plain calls for a test or a program that drives it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use super::{
     Callback, Delivery, Fault, Object, Record, Route, RowEvent, Sim, Status, Violation, clock,
-    files, storage,
+    files, hub, storage,
 };
 
 impl Sim {
@@ -55,6 +55,7 @@ impl Sim {
             ("RUNPOD_AI_API_KEY", settings.worker_key.clone()),
             ("RUNPOD_ENDPOINT_ID", settings.endpoint.clone()),
             ("RUNPOD_POD_ID", "pod1".to_owned()),
+            ("HF_ENDPOINT", format!("{}/hub", self.shared.base)),
             ("SUPABASE_URL", self.shared.base.clone()),
             ("SUPABASE_SERVICE_ROLE_KEY", settings.service_key.clone()),
         ]
@@ -292,6 +293,18 @@ impl Sim {
             "{}/files/{name}?token={token}&expires={expires}",
             self.shared.base
         )
+    }
+
+    /// Puts the files of `dir`, as they are now, into the hub as model `id`, `organisation/name`. With a `token`, who has another
+    /// one gets none of them.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn add_model(&self, id: &str, dir: &Path, token: Option<&str>) -> io::Result<()> {
+        let repository = hub::Repository::new(dir, token)?;
+        self.shared
+            .change(|state| state.hub.insert(id.to_owned(), repository));
+        Ok(())
     }
 
     /// The link callbacks of this name are posted to.

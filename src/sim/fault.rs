@@ -32,6 +32,8 @@ pub enum Route {
     Tus,
     /// `/files`.
     Files,
+    /// `/hub` and `/hub-files`.
+    Hub,
     /// `/callback`.
     Callback,
     /// Anything else.

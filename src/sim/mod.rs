@@ -1,5 +1,5 @@
 //! A simulator of what the training worker talks to: the serverless platform (client and worker side), Supabase's rows
-//! and object storage, a file server, and a callback receiver. Everything on one port of 127.0.0.1.
+//! and object storage, a file server, a model hub, and a callback receiver. Everything on one port of 127.0.0.1.
 //!
 //! It is for rehearsals and tests: state is in memory, objects are in a folder, faults are scripted, every request is
 //! kept, and rules a real platform would not enforce are watched ([`Sim::violations`]). It knows nothing of the worker. Start reading at [`Sim::start`] and `server.rs`.
@@ -10,6 +10,7 @@
 //! | `/rest/v1/{table}` | rows |
 //! | `/storage/v1/...` | object storage |
 //! | `/files/{name}` | files |
+//! | `/hub/...`, `/hub-files/...` | model hub |
 //! | `/callback/{name}` | callbacks |
 
 mod api;
@@ -18,6 +19,7 @@ mod clock;
 mod content;
 pub mod fault;
 mod files;
+mod hub;
 mod platform;
 mod record;
 mod rows;
@@ -26,6 +28,7 @@ mod settings;
 mod storage;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -51,6 +54,8 @@ struct State {
     rows: rows::Rows,
     storage: storage::Storage,
     callbacks: callback::Callbacks,
+    /// Models by id.
+    hub: BTreeMap<String, hub::Repository>,
     faults: fault::Faults,
     records: Vec<Record>,
 }
@@ -151,6 +156,7 @@ impl Sim {
                 rows: rows::Rows::new(started),
                 storage: storage::Storage::default(),
                 callbacks: callback::Callbacks::default(),
+                hub: BTreeMap::new(),
                 faults,
                 records: Vec::new(),
             }),

@@ -12,7 +12,7 @@ use super::fault::Action;
 pub(super) use super::fault::Route;
 use super::record::Record;
 use super::wire::{Cut, drain, next_chunk};
-use super::{Shared, callback, files, platform, rows, storage};
+use super::{Shared, callback, files, hub, platform, rows, storage};
 
 /// A request on its way to the part that answers it.
 pub(super) struct Call {
@@ -148,6 +148,7 @@ async fn dispatch(call: Call, upload: Option<Body>) -> Response {
         Route::Storage => storage::answer(call, upload).await,
         Route::Tus => storage::resumable(call, upload).await,
         Route::Files => files::answer(&call),
+        Route::Hub => hub::answer(&call),
         Route::Callback => callback::answer(&call),
         Route::Other => json_reply(404, &serde_json::json!({"error": "no such route"})),
         Route::Take
@@ -207,6 +208,7 @@ fn route_of(path: &str) -> Route {
         (Some("storage"), Some("v1"), Some("upload")) => Route::Tus,
         (Some("storage"), Some("v1"), _) => Route::Storage,
         (Some("files"), ..) => Route::Files,
+        (Some("hub" | "hub-files"), ..) => Route::Hub,
         (Some("callback"), ..) => Route::Callback,
         _ => Route::Other,
     }

@@ -1,7 +1,7 @@
 //! Checkpoints of a run: written so that a crash at any instant leaves an older good one, verified before they are used.
 //!
 //! `checkpoints/step-N/` holds `adapter.safetensors` (values and moments, as they are kept), `state.json` and `manifest.json` (length
-//! and BLAKE3 of the other two). It is written as `.step-N.<pid>.partial`, brought to the disk, then renamed; `LATEST`
+//! and BLAKE3 of the other two). It is written as `.step-N.<process>-<mark>.partial`, brought to the disk, then renamed; `LATEST`
 //! is only a hint.
 
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 //! A job's base model: found and known for what it is, or downloaded where that is allowed.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use super::identity;
 use super::log::Log;
 use super::model::{self, NotFound};
 use super::net::fetch::{Limits, Via, fetch};
-use super::net::{Cancel, Error, Kind};
+use super::net::{Cancel, Canceller, Error, Kind};
+use super::state::JobDir;
 use super::wanted::{INDEX_FILE, RepoFile, Wanted, free_bytes};
 
 const HUB: &str = "https://huggingface.co";
@@ -19,6 +21,10 @@ const HUB: &str = "https://huggingface.co";
 const LISTING_BYTES: u64 = 64 << 20;
 /// Most bytes of a model's file.
 const FILE_BYTES: u64 = 1 << 40;
+/// In a model's directory: who is downloading it.
+const HOLD: &str = ".download";
+/// Between two looks whether who downloads it is through.
+const POLL: Duration = Duration::from_millis(500);
 /// Time for one file.
 const DEADLINE: Duration = Duration::from_hours(12);
 
@@ -42,11 +48,7 @@ pub async fn get(
                 "base model `{id}` is nowhere on this machine; downloading it"
             ));
             log.debug(&error.to_string());
-            download(context, id, log, cancel).await?;
-            let found = find(context, id).await?;
-            found
-                .map_err(|error| Error::new(Kind::NotFound, error.to_string()))?
-                .dir
+            bring(context, id, log, cancel).await?.dir
         }
         Err(error) => {
             let text = format!("{error}\nBRIGHTRUN_ALLOW_DOWNLOAD=1 lets the worker download it");
@@ -73,6 +75,50 @@ fn target(context: &Context, id: &str) -> PathBuf {
     let root = volumes.find(|path| path.is_dir());
     let root = root.unwrap_or_else(|| context.state.root().to_owned());
     root.join("models").join(id)
+}
+
+/// Downloads base model `id` while no other worker does: they may share the volume. What another has brought meanwhile is taken.
+async fn bring(
+    context: &Context,
+    id: &str,
+    log: &Log,
+    cancel: &Cancel,
+) -> Result<model::Found, Error> {
+    let of_disk = |error: crate::error::Error| Error::new(Kind::Io, error.to_string());
+    let dir = target(context, id).join(HOLD);
+    let mut told = false;
+    loop {
+        let (lost, was_lost) = Canceller::new();
+        let hold = JobDir::open(dir.clone()).map_err(of_disk)?;
+        let lease = match context.holder.acquire(&hold, log, &lost) {
+            // Its holder was through just now.
+            Err(crate::error::Error::Io(error)) if error.kind() == ErrorKind::NotFound => continue,
+            lease => lease.map_err(of_disk)?,
+        };
+        let Some(lease) = lease else {
+            if !told {
+                log.info("another worker is downloading it; waiting");
+                told = true;
+            }
+            cancel.or(tokio::time::sleep(POLL)).await?;
+            continue;
+        };
+        let mut found = find(context, id).await?;
+        let mut done = Ok(());
+        if found.is_err() {
+            let downloaded = was_lost.or(download(context, id, log, cancel)).await;
+            if lease.is_lost() {
+                continue;
+            }
+            done = downloaded.flatten();
+            found = find(context, id).await?;
+        }
+        if let Err(error) = lease.remove() {
+            log.warn(&error.to_string());
+        }
+        done?;
+        return found.map_err(|error| Error::new(Kind::NotFound, error.to_string()));
+    }
 }
 
 async fn download(context: &Context, id: &str, log: &Log, cancel: &Cancel) -> Result<(), Error> {

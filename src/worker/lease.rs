@@ -13,6 +13,7 @@ use super::log::Log;
 use super::net::time::unix_seconds;
 use super::net::{Cancel, Canceller};
 use super::state::JobDir;
+use crate::durable::Durable;
 
 /// Renewals in the time a lease lasts.
 const RENEWALS: u32 = 4;
@@ -36,6 +37,7 @@ pub struct Lease {
     number: u64,
     holder: Holder,
     renewing: tokio::task::JoinHandle<()>,
+    is_removed: bool,
     _own: Own,
 }
 
@@ -132,6 +134,7 @@ impl Holder {
             number,
             holder: self.clone(),
             renewing,
+            is_removed: false,
             _own: own,
         }))
     }
@@ -249,12 +252,25 @@ impl Lease {
     pub fn is_lost(&self) -> bool {
         has_lost(&self.job, self.number)
     }
+
+    /// Removes the directory, and lets go with it: who comes next makes it anew. That of another holder stays.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove(mut self) -> crate::error::Result<()> {
+        if self.is_lost() {
+            return Ok(());
+        }
+        self.renewing.abort();
+        self.is_removed = true;
+        Durable::default().remove_dir(&self.job.path(""))
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         self.renewing.abort();
-        if !self.is_lost() {
+        if !self.is_removed && !self.is_lost() {
             // Its file stays: numbers only grow.
             let _ = self.holder.write(&self.job, self.number, 0);
         }
@@ -364,6 +380,22 @@ mod tests {
         assert_eq!(third.free(&job), None);
         drop(taken);
         assert!(third.free(&job).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_directory_is_removed_by_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = job(&dir);
+        let (lost, _) = Canceller::new();
+        let (slow, next) = (holder("slow", LASTS), holder("next", LASTS));
+        let lease = slow.acquire(&job, &log(), &lost).unwrap().unwrap();
+        slow.write(&job, lease.number, unix_seconds() - 61).unwrap();
+        let taken = next.acquire(&job, &log(), &lost).unwrap().unwrap();
+        lease.remove().unwrap();
+        assert!(!taken.is_lost() && job.path(&file(taken.number)).is_file());
+        taken.remove().unwrap();
+        assert!(!job.path("").exists());
+        assert!(slow.acquire(&job, &log(), &lost).is_err(), "not made anew");
     }
 
     #[test]

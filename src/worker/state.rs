@@ -72,9 +72,7 @@ impl State {
     /// # Errors
     /// Those of the file system.
     pub fn job(&self, id: &str) -> Result<JobDir> {
-        let dir = self.root.join("jobs").join(id);
-        fs_err::create_dir_all(&dir)?;
-        Ok(JobDir { dir })
+        JobDir::open(self.root.join("jobs").join(id))
     }
 
     /// All jobs there are, by id.
@@ -88,10 +86,8 @@ impl State {
             if id.starts_with('.') {
                 return None;
             }
-            entry
-                .path()
-                .is_dir()
-                .then(|| (id, JobDir { dir: entry.path() }))
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            is_dir.then(|| (id, JobDir { dir: entry.path() }))
         };
         let mut jobs: Vec<_> = entries.filter_map(one).collect();
         jobs.sort_by(|a, b| a.0.cmp(&b.0));
@@ -100,6 +96,19 @@ impl State {
 }
 
 impl JobDir {
+    /// The directory `dir`, which is made. A link to one is refused: what is written and removed there would be elsewhere.
+    ///
+    /// # Errors
+    /// Those of the file system; [`Error::Format`] for a link.
+    pub(super) fn open(dir: PathBuf) -> Result<Self> {
+        if dir.is_symlink() {
+            let reason = "is a link, expected a directory; remove the link";
+            return Err(Error::format(&dir, reason));
+        }
+        fs_err::create_dir_all(&dir)?;
+        Ok(Self { dir })
+    }
+
     /// A file or directory of it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -220,6 +229,21 @@ mod tests {
         job.write("delivery.json", &1).unwrap();
         let mode = job.path("delivery.json").metadata().unwrap().permissions();
         assert_eq!(mode.mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_link_is_no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(dir.path()).unwrap();
+        let outside = dir.path().join("outside");
+        std::os::unix::fs::symlink(&outside, dir.path().join("jobs/j1")).unwrap();
+        // Where it leads nowhere too.
+        for _ in 0..2 {
+            let refused = state.job("j1").unwrap_err().to_string();
+            assert!(refused.contains("is a link"), "{refused}");
+            assert_eq!(state.jobs().len(), 0);
+            fs_err::create_dir_all(&outside).unwrap();
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 )]
 
 mod cancel;
+mod download;
 mod events;
 mod faults;
 mod floods;
@@ -14,6 +15,7 @@ mod harness;
 mod kills;
 mod local;
 mod memory;
+mod outside;
 mod path;
 mod probe;
 mod secrets;

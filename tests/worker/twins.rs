@@ -1,6 +1,7 @@
 //! One job given to two workers at once (F18): one trains it, whoever it is, and both answer the same.
 
-use brightrun::sim::Route;
+use brightrun::sim::{Action, Fault, Route};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::harness::{Deployment, TABLE, Worker};
@@ -122,4 +123,50 @@ fn a_row_that_the_dispatcher_wrote_over_gives_the_job_to_one() {
     assert_eq!(deployment.row(&id)["status"], "completed");
     assert_eq!(deployment.sim.deploys(), 1);
     deployment.check_secrets();
+}
+
+/// A worker is frozen once `is_time`, another finishes its job, and the first one goes on where it was.
+fn freeze(number: u32, fault: Option<Fault>, is_time: impl Fn(&Deployment, &str) -> bool) {
+    let mut deployment = Deployment::new();
+    let (body, id) = deployment.job(number, 2);
+    if let Some(fault) = fault {
+        deployment.sim.add_fault(fault);
+    }
+    let runpod_id = deployment.sim.submit(body).unwrap();
+    let first = deployment.worker();
+    deployment.until("the time", || is_time(&deployment, &id));
+    first.signal(Signal::STOP);
+    deployment.sim.clear_faults();
+    let second = deployment.worker();
+    deployment.sim.requeue(&runpod_id);
+    deployment.completed(&runpod_id);
+    let (weights, row) = (deployment.weights(&id), deployment.row(&id));
+    let answers = deployment.sim.count(Route::Done);
+    first.signal(Signal::CONT);
+    deployment.until("its end", || first.said().contains("this one stops"));
+    // It is well, and takes other jobs.
+    drop(second);
+    let (body, _) = deployment.job(number + 1, 1);
+    let next = deployment.sim.submit(body).unwrap();
+    deployment.completed(&next);
+    assert!(deployment.weights(&id) == weights);
+    assert_eq!(deployment.row(&id), row);
+    assert_eq!(deployment.sim.count(Route::Done), answers + 1);
+    assert_eq!(deployment.sim.deploys(), 2);
+    deployment.check_secrets();
+}
+
+#[test]
+fn a_worker_that_was_frozen_while_it_trained_stops_once_another_is_through() {
+    freeze(101, None, |deployment, id| {
+        deployment.row(id)["current_step"].as_u64() >= Some(2)
+    });
+}
+
+#[test]
+fn a_worker_that_was_frozen_while_it_delivered_stops_once_another_is_through() {
+    let hang = Fault::always(Route::Storage, Action::Hang);
+    freeze(111, Some(hang), |deployment, _| {
+        deployment.sim.count(Route::Storage) > 0
+    });
 }

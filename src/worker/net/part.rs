@@ -4,6 +4,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use fs_err as fs;
+use fs_err::os::unix::fs::OpenOptionsExt as _;
 use reqwest::header::{self, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -71,6 +72,11 @@ impl Version {
     }
 }
 
+/// A part that is a link is not opened: what it points to is not ours to write.
+fn no_link() -> i32 {
+    rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()
+}
+
 #[derive(Serialize, Deserialize)]
 struct Sidecar {
     /// SHA-256 of the URL without its query: a signature changes, the file does not.
@@ -101,6 +107,7 @@ impl Part {
             .write(true)
             .create(true)
             .truncate(false)
+            .custom_flags(no_link())
             .open(&path)?;
         let mut part = Self {
             sidecar: with_suffix(&path, ".json"),
