@@ -20,7 +20,7 @@ use super::row::{Claim, Row, is_delivered};
 use super::run::{self, Ran, Signals};
 use super::state::JobDir;
 use super::status::Status;
-use super::{base, data, news};
+use super::{base, data, news, owed};
 use crate::config::TrainConfig;
 use crate::durable::Durable;
 
@@ -101,11 +101,18 @@ impl Work<'_> {
             (None, None) => (self.ended(ends.reason().unwrap_or(Reason::Shutdown)), None),
         };
         watch.abort();
+        if delivery.is_none() {
+            owed::keep(&self.dir, &self.attempt.taken.id, &answer, &self.log);
+        }
         let posted = self.attempt.post(&answer, &self.log).await;
+        owed::settle(&self.dir, &posted);
         if let Some(mut delivery) = delivery {
-            delivery
+            let told = delivery
                 .finish(&posted, context, &self.dir, &self.log)
                 .await;
+            if let news::Told::Later(asked) = told {
+                context.put_off(&self.dir, asked);
+            }
         }
         posted
     }
@@ -125,6 +132,7 @@ impl Work<'_> {
         }
         // What an earlier attempt could not tell is not the end any more.
         news::forget(&self.dir);
+        owed::forget(&self.dir);
         let reports = self.report(row.clone());
         let trained = match kept {
             Some(mut delivery) => {
@@ -332,6 +340,10 @@ impl Work<'_> {
                 return Err(self.unless_ended(failure));
             }
         };
+        let own = self.dir.path("");
+        let adapter = adapter
+            .strip_prefix(&own)
+            .map_or(adapter.clone(), PathBuf::from);
         let status = reports.status();
         let mut all = self.job.warnings.clone();
         all.extend(warnings);
@@ -359,6 +371,8 @@ impl Work<'_> {
             begun: self.begun,
             finished: unix_seconds(),
             archive: None,
+            digests: Vec::new(),
+            left_out: Vec::new(),
             uploaded: false,
             output: None,
             row_written: false,
