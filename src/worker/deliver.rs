@@ -94,6 +94,9 @@ pub struct Delivery {
     /// Texts that the bucket does not take.
     #[serde(default)]
     pub left_out: Vec<String>,
+    /// Place of its end among the events of the callback, where that is known.
+    #[serde(default)]
+    pub seq: Option<u64>,
     /// Everything is in the storage and verified.
     pub uploaded: bool,
     /// The answer, once it is known.
@@ -212,6 +215,22 @@ impl Delivery {
         }
         let kept = |error: String| Stuck::Kept(log.redact(&error));
         self.save(job).map_err(kept)
+    }
+
+    /// Writes the row's last word once more, where the job was sent again, `begun` then, and its row says something else.
+    pub async fn show_again(&self, context: &Context, begun: u64, log: &Log) {
+        let Some(supabase) = &context.supabase else {
+            return;
+        };
+        let again = Self {
+            begun,
+            ..self.clone()
+        };
+        let row = Row::new(supabase, &self.job_id);
+        let written = again.write_row(&row, context, log, &Cancel::never()).await;
+        if let Err(Unwritten::Failed(error)) = written {
+            log.warn(&log.redact(&format!("the row could not be written again: {error}")));
+        }
     }
 
     /// Writes the state of the delivery.
@@ -424,10 +443,15 @@ impl Delivery {
         let (Ok(callback), Some(output)) = (context.callback(url), self.output.clone()) else {
             return Told::Settled;
         };
+        let mut data = slim(output);
+        data["runpod_job_id"] = json!(self.runpod_id);
+        if let Some(seq) = self.seq {
+            data["seq"] = json!(seq);
+        }
         let id = format!("msg_{}_{}_end", event_id(&self.job_id), self.finished);
         let event = Event {
             unix_seconds: self.finished,
-            ..Event::new(id, "training.completed", slim(output))
+            ..Event::new(id, "training.completed", data)
         };
         news::tell(&callback, &event, log).await
     }

@@ -33,6 +33,7 @@ pub mod preflight;
 pub mod probe;
 pub mod queue;
 pub mod report;
+pub mod room;
 pub mod row;
 pub mod run;
 pub mod secret;

@@ -20,7 +20,7 @@ use super::row::{Claim, Row, is_delivered};
 use super::run::{self, Ran, Signals};
 use super::state::JobDir;
 use super::status::Status;
-use super::{base, data, news, owed};
+use super::{base, data, news, owed, room};
 use crate::config::TrainConfig;
 use crate::durable::Durable;
 
@@ -72,6 +72,9 @@ impl Work<'_> {
         if let Some(answer) = stored() {
             self.log
                 .info("this job was finished before; its result is given again");
+            if let Some(delivery) = self.dir.read::<Delivery>(deliver::FILE) {
+                delivery.show_again(context, self.begun, &self.log).await;
+            }
             return self.attempt.post(&answer, &self.log).await;
         }
         let (lost, was_lost) = Canceller::new();
@@ -152,7 +155,10 @@ impl Work<'_> {
         // Nothing is reported after the last word.
         let status = reports.stop().await;
         let result = match brought {
-            Ok(delivery) => self.conclude(delivery).await,
+            Ok(mut delivery) => {
+                delivery.seq = Some(status.events + 1);
+                self.conclude(delivery).await
+            }
             Err(failure) => Err(failure),
         };
         match result {
@@ -273,6 +279,8 @@ impl Work<'_> {
         let config = self
             .job
             .train_config(&model, &dataset, &output, &defaults)?;
+        let is_storable = room::check(context, &config, &self.log).await;
+        is_storable.map_err(Failure::Failed)?;
         let path = self.dir.path("train.yml");
         Durable::default().replace(&path, config.resolved_yaml()?.as_bytes())?;
         let signals = Signals {
@@ -373,6 +381,7 @@ impl Work<'_> {
             archive: None,
             digests: Vec::new(),
             left_out: Vec::new(),
+            seq: None,
             uploaded: false,
             output: None,
             row_written: false,
@@ -472,7 +481,8 @@ impl Work<'_> {
             return;
         };
         let id = format!("msg_{}_{}_end", deliver::event_id(&self.job.id), self.begun);
-        let event = Event::new(id, kind, status.json());
+        let data = status.event(&self.attempt.taken.id, status.events + 1);
+        let event = Event::new(id, kind, data);
         let context = self.attempt.context;
         news::publish(url.secret(), event, context, &self.dir, &self.log).await;
     }
