@@ -404,14 +404,15 @@ impl Delivery {
         row
     }
 
-    /// Notes what became of the answer, removes what nobody needs any more, and tells the callback, once.
+    /// Notes what became of the answer, removes what nobody needs any more, and tells the callback, once. The time that the callback
+    /// asks to wait for.
     pub async fn finish(
         &mut self,
         posted: &Posted,
         context: &Context,
         job: &JobDir,
         log: &Log,
-    ) -> Told {
+    ) -> Option<Duration> {
         self.posted |= matches!(posted, Posted::Accepted | Posted::Gone);
         if let Err(error) = self.save(job) {
             log.warn(&error);
@@ -420,18 +421,18 @@ impl Delivery {
             job.tidy();
         }
         if self.told {
-            return Told::Settled;
+            return None;
         }
-        let told = self.tell(context, log).await;
-        if told == Told::Settled {
-            self.told = true;
-            // It may hold a secret, and is not needed any more.
-            self.callback_url = None;
-            if let Err(error) = self.save(job) {
-                log.warn(&error);
-            }
+        if let Told::Later(asked) = self.tell(context, log).await {
+            return asked;
         }
-        told
+        self.told = true;
+        // It may hold a secret, and is not needed any more.
+        self.callback_url = None;
+        if let Err(error) = self.save(job) {
+            log.warn(&error);
+        }
+        None
     }
 
     /// Tells the callback, as long as it may still listen.

@@ -125,12 +125,14 @@ async fn deliver_again(
             .result(&delivery.runpod_id, &delivery.body(), Duration::ZERO)
             .await
     };
-    let told = delivery.finish(&posted, context, dir, &log).await;
-    match told {
-        Told::Later(asked) => Tried::Later(asked),
-        Told::Settled if delivery.is_done() => Tried::Done,
-        Told::Settled => keep(delivery, "not all of it is written", context, dir, &log),
+    let asked = delivery.finish(&posted, context, dir, &log).await;
+    if delivery.is_done() {
+        return Tried::Done;
     }
+    if delivery.is_given() {
+        return Tried::Later(asked);
+    }
+    keep(delivery, "not all of it is written", context, dir, &log)
 }
 
 /// Keeps a delivery for later, unless it is as old as anything gets here.

@@ -109,13 +109,17 @@ impl Work<'_> {
         }
         let posted = self.attempt.post(&answer, &self.log).await;
         owed::settle(&self.dir, &posted);
-        if let Some(mut delivery) = delivery {
-            let told = delivery
-                .finish(&posted, context, &self.dir, &self.log)
-                .await;
-            if let news::Told::Later(asked) = told {
-                context.put_off(&self.dir, asked);
+        let (is_left, asked) = match delivery {
+            Some(mut delivery) => {
+                let asked = delivery
+                    .finish(&posted, context, &self.dir, &self.log)
+                    .await;
+                (!delivery.is_done(), asked)
             }
+            None => (owed::is_there(&self.dir), None),
+        };
+        if is_left {
+            context.put_off(&self.dir, asked);
         }
         posted
     }

@@ -46,6 +46,10 @@ fn check_order(deployment: &Deployment, kind: &str) {
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), count + 1, "events have ids of their own");
+    assert_eq!(end[0].json()["data"]["seq"], json!(count + 1));
+    for event in &tries {
+        assert!(event.json()["data"]["runpod_job_id"].is_string());
+    }
     for again in end {
         assert_eq!(again.json()["type"], kind);
         assert_eq!(id_of(again), id_of(&end[0]));

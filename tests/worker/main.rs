@@ -14,6 +14,7 @@ mod harness;
 mod kills;
 mod local;
 mod memory;
+mod outbox;
 mod path;
 mod probe;
 mod secrets;

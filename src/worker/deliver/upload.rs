@@ -108,6 +108,8 @@ impl Delivery {
         self.left_out.clear();
         for path in paths {
             let sealed = self.seal(&path).await.map_err(|error| way.kept(&error))?;
+            // The digest, for the next try.
+            self.save(job).map_err(|error| way.kept(&error))?;
             let object = self.file_path(&sealed.name);
             match way.put(path, object, &sealed).await {
                 Ok(()) => files.push(sealed),
@@ -117,8 +119,6 @@ impl Delivery {
                 }
                 Err(error) => return Err(way.kept(&error)),
             }
-            // The digests, for the next try.
-            self.save(job).map_err(|error| way.kept(&error))?;
         }
         let manifest =
             json!({"job_id": self.job_id, "base_model": self.trained.base_model, "files": files});
@@ -186,5 +186,60 @@ async fn aside<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A delivery as an older worker wrote it.
+    fn old_delivery(adapter: &Path) -> Delivery {
+        let trained = json!({
+            "base_model": "b", "lora_rank": 8, "adapter": adapter, "steps": 1, "epochs": 1.0, "final_loss": null, "eval_loss": null,
+            "training_s": 1.0, "tokens_per_s": null, "warnings": [],
+        });
+        let delivery = json!({
+            "job_id": "j", "runpod_id": "r", "callback_url": null, "trained": trained, "begun": 1, "finished": 2, "archive": null,
+            "uploaded": false, "output": null, "row_written": false, "posted": false, "told": false,
+        });
+        serde_json::from_value(delivery).unwrap()
+    }
+
+    #[test]
+    fn an_adapter_is_found_in_the_jobs_directory_and_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = crate::worker::state::State::open(dir.path()).unwrap();
+        let job = job.job("j").unwrap();
+        let here = old_delivery(Path::new("run/adapter"));
+        assert_eq!(here.adapter(&job), dir.path().join("jobs/j/run/adapter"));
+        let there = Path::new("/elsewhere/run/adapter");
+        assert_eq!(old_delivery(there).adapter(&job), there);
+    }
+
+    #[tokio::test]
+    async fn a_digest_is_computed_again_only_for_a_file_that_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        let write = |text: &str, seconds: u64| {
+            fs_err::write(&path, text).unwrap();
+            let at = std::time::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds);
+            let file = fs_err::OpenOptions::new().write(true).open(&path).unwrap();
+            file.file().set_modified(at).unwrap();
+        };
+        write("abc", 0);
+        let mut delivery = old_delivery(dir.path());
+        let first = delivery.seal(&path).await.unwrap();
+        // As a later worker reads it.
+        let text = serde_json::to_string(&delivery).unwrap();
+        let mut delivery: Delivery = serde_json::from_str(&text).unwrap();
+        write("abd", 0);
+        assert_eq!(delivery.seal(&path).await.unwrap(), first, "it is not read");
+        write("abd", 1);
+        let second = delivery.seal(&path).await.unwrap();
+        assert_ne!(second, first);
+        write("abcd", 1);
+        assert_ne!(delivery.seal(&path).await.unwrap(), second);
+        assert_eq!(delivery.digests.len(), 1);
     }
 }
