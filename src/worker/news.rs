@@ -69,13 +69,11 @@ pub fn is_there(dir: &JobDir) -> bool {
 
 /// Tells again what was not heard before.
 pub async fn again(context: &Context, dir: &JobDir, log: &Log) -> Told {
-    match dir.read::<News>(FILE) {
-        Some(news) => send(&news, context, dir, log).await,
-        None => {
-            forget(dir);
-            Told::Settled
-        }
-    }
+    let Some(news) = dir.read::<News>(FILE) else {
+        forget(dir);
+        return Told::Settled;
+    };
+    send(&news, context, dir, log).await
 }
 
 /// Drops what a job that is begun again has outlived.

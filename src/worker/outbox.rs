@@ -74,9 +74,10 @@ async fn try_once(context: &Context, upstream: &Upstream, dir: &JobDir, lost: &C
         None => Tried::Done,
     };
     let is_answered = !owed::is_there(dir) || owed::again(upstream, dir, &context.log).await;
-    let told = match news::is_there(dir) {
-        true => news::again(context, dir, &context.log).await,
-        false => Told::Settled,
+    let told = if news::is_there(dir) {
+        news::again(context, dir, &context.log).await
+    } else {
+        Told::Settled
     };
     match (tried, told, is_answered) {
         (Tried::Later(asked), ..) | (_, Told::Later(asked), _) => Tried::Later(asked),
