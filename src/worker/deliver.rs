@@ -203,7 +203,7 @@ impl Delivery {
             Err(Unwritten::Cancelled) => return Err(Stuck::Cancelled),
             // The adapter is there and the platform is told; the row follows.
             Err(Unwritten::Failed(error)) if error.retryable => {
-                log.warn(&log.redact(&format!("the row is written later: {error}")))
+                log.warn(&log.redact(&format!("the row is written later: {error}")));
             }
             Err(Unwritten::Failed(error)) => {
                 log.warn(&log.redact(&format!(
