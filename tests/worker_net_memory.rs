@@ -148,6 +148,7 @@ async fn memory_stays_flat() {
         bucket: "b".into(),
         path: "p".into(),
         file: to.clone(),
+        sha256: None,
         content_type: "application/gzip".into(),
         state: None,
         deadline: Duration::from_mins(1),

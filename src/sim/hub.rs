@@ -96,8 +96,8 @@ pub(super) fn answer(call: &Call) -> Response {
         ["hub", "api", "models", organisation, name] => {
             let id = format!("{organisation}/{name}");
             match repository(call, &id) {
-                Ok(repository) => json_reply(200, &repository.listing(&id)),
-                Err(refusal) => refusal,
+                Some(repository) => json_reply(200, &repository.listing(&id)),
+                None => unknown(call),
             }
         }
         ["hub", organisation, name, "resolve", revision, path] => {
@@ -105,27 +105,29 @@ pub(super) fn answer(call: &Call) -> Response {
         }
         ["hub-files", organisation, name, path] => {
             match repository(call, &format!("{organisation}/{name}")) {
-                Ok(repository) => serve(call, repository.files.get(path)),
-                Err(refusal) => refusal,
+                Some(repository) => serve(call, repository.files.get(path)),
+                None => unknown(call),
             }
         }
         _ => json_reply(404, &json!({"error": "no such route"})),
     }
 }
 
+fn repository(call: &Call, id: &str) -> Option<Repository> {
+    call.shared.lock().hub.get(id).cloned()
+}
+
 /// As the hub says it: what there is not, and what is not to be seen, are one to who has no token.
-fn repository(call: &Call, id: &str) -> Result<Repository, Response> {
-    let known = call.shared.lock().hub.get(id).cloned();
-    known.ok_or_else(|| match call.header("authorization") {
+fn unknown(call: &Call) -> Response {
+    match call.header("authorization") {
         Some(_) => json_reply(404, &json!({"error": "Repository not found"})),
         None => json_reply(401, &json!({"error": "Invalid username or password."})),
-    })
+    }
 }
 
 fn resolve(call: &Call, id: &str, revision: &str, path: &str) -> Response {
-    let repository = match repository(call, id) {
-        Ok(repository) => repository,
-        Err(refusal) => return refusal,
+    let Some(repository) = repository(call, id) else {
+        return unknown(call);
     };
     let sent = call.header("authorization");
     let sent = sent.and_then(|value| value.strip_prefix("Bearer "));

@@ -102,15 +102,13 @@ impl Attempt<'_> {
             .await;
         match &posted {
             Posted::Accepted => log.info("Finished."),
-            Posted::Gone => {
-                log.warn("the platform does not know the job any more; its result is stored");
+            Posted::Gone => log.warn("the platform does not know the job any more"),
+            Posted::Undelivered(why) => {
+                log.error(&format!(
+                    "the answer could not be given to the platform: {why}"
+                ));
             }
-            Posted::Undelivered(why) => log.error(&format!(
-                "the result could not be delivered and is stored: {why}"
-            )),
-            Posted::Unauthorized => {
-                log.error("the platform refuses RUNPOD_AI_API_KEY; the result is stored");
-            }
+            Posted::Unauthorized => log.error("the platform refuses RUNPOD_AI_API_KEY"),
         }
         posted
     }

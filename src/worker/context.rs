@@ -1,15 +1,17 @@
 //! What every job of a worker shares.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
 use super::callback::{Callback, CallbackError};
+use super::later::Later;
 use super::lease::Holder;
 use super::log::Log;
 use super::model::{Roots, VOLUMES};
 use super::net::{Guard, Policy};
-use super::state::State;
+use super::state::{JobDir, State};
 use super::supabase::Supabase;
 use crate::config::{Env, WorkerEnv};
 
@@ -31,6 +33,8 @@ pub struct Context {
     pub state: State,
     /// Who holds jobs.
     pub holder: Holder,
+    /// When what could not be delivered is tried again.
+    pub later: Later,
     /// This binary.
     pub exe: PathBuf,
     /// The worker's log.
@@ -96,6 +100,7 @@ impl Context {
             guard,
             state,
             holder,
+            later: Later::default(),
             exe,
             log,
         })
@@ -140,6 +145,12 @@ impl Context {
         let secret = given(&self.env.webhook_secret);
         let auth = given(&self.env.callback_auth).filter(|_| is_named || is_own);
         Callback::new(self.guard.clone(), url, secret.as_ref(), auth.as_ref())
+    }
+
+    /// Tries what is left of a job again later, not before `asked` is over.
+    pub fn put_off(&self, job: &JobDir, asked: Option<Duration>) {
+        self.later
+            .put_off(&job.id(), &self.env.callback_waits, asked);
     }
 
     /// Settings that the operator gives every run.

@@ -1,6 +1,8 @@
 //! Bringing a finished adapter home. What is done is written down, so that a later start goes on where this one ended, and does
 //! nothing twice.
 
+mod upload;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,13 +16,15 @@ use super::log::Log;
 use super::net::Cancel;
 use super::net::backoff::Backoff;
 use super::net::time::{iso8601, unix_seconds};
-use super::news::tell;
+use super::news::{self, Told};
 use super::platform::Posted;
 use super::row::{Row, Updated, is_delivered};
 use super::state::{JobDir, Stored};
 use super::status::whole;
-use super::supabase::{ServiceError, Supabase, Upload};
+use super::supabase::{ServiceError, Supabase};
 use crate::config::Secret;
+pub use upload::Known;
+use upload::Way;
 
 /// File of a job's directory that says what is trained and how much of it is delivered.
 pub const FILE: &str = "delivery.json";
@@ -42,7 +46,7 @@ pub struct Trained {
     pub base_model: String,
     /// Rank of the adapter.
     pub lora_rank: usize,
-    /// Directory of the adapter.
+    /// Directory of the adapter, in the job's own: a volume is mounted elsewhere in another worker.
     pub adapter: PathBuf,
     /// Optimizer steps.
     pub steps: u64,
@@ -84,11 +88,20 @@ pub struct Delivery {
     pub finished: u64,
     /// The archive, once it is packed.
     pub archive: Option<Sealed>,
+    /// Digests of the adapter's files, once they are known.
+    #[serde(default)]
+    pub digests: Vec<Known>,
+    /// Texts that the bucket does not take.
+    #[serde(default)]
+    pub left_out: Vec<String>,
+    /// Place of its end among the events of the callback, where that is known.
+    #[serde(default)]
+    pub seq: Option<u64>,
     /// Everything is in the storage and verified.
     pub uploaded: bool,
     /// The answer, once it is known.
     pub output: Option<Value>,
-    /// The row says `completed`.
+    /// The row says `completed`, or can never be written.
     pub row_written: bool,
     /// The platform has the answer, or does not want it any more.
     pub posted: bool,
@@ -108,10 +121,28 @@ pub enum Stuck {
     Kept(String),
 }
 
+/// Why a row does not say that the adapter is there.
+enum Unwritten {
+    /// The application cancelled the job.
+    Cancelled,
+    /// The database is away or refuses.
+    Failed(ServiceError),
+}
+
 impl Delivery {
     /// Whether nothing is left to do.
     pub fn is_done(&self) -> bool {
-        self.uploaded && self.row_written && self.posted && self.told
+        self.is_given() && self.told
+    }
+
+    /// Whether storage, row and platform have what is theirs: what remains, the callback, needs no file.
+    pub fn is_given(&self) -> bool {
+        self.uploaded && self.row_written && self.posted
+    }
+
+    /// Directory of the adapter.
+    fn adapter(&self, job: &JobDir) -> PathBuf {
+        job.path("").join(&self.trained.adapter)
     }
 
     /// Storage, then the answer, each once. At the end [`Self::output`] is there.
@@ -128,16 +159,23 @@ impl Delivery {
         let kept = |error: String| Stuck::Kept(log.redact(&error));
         let Some(supabase) = &context.supabase else {
             (self.uploaded, self.row_written) = (true, true);
-            let adapter = self.trained.adapter.display().to_string();
+            let adapter = self.adapter(job).display().to_string();
             let output = self.describe(&adapter, &Map::new(), None);
             self.output.get_or_insert(output);
             return self.save(job).map_err(kept);
         };
         if !self.uploaded {
-            self.upload(supabase, context, job, log, cancel).await?;
+            let way = Way {
+                supabase,
+                context,
+                job,
+                log,
+                cancel,
+            };
+            self.upload(&way).await?;
         }
         if self.output.is_none() {
-            let answer = self.answer(supabase, context).await;
+            let answer = self.answer(supabase, context, job).await;
             self.output = Some(answer.map_err(|error| kept(error.to_string()))?);
             self.save(job).map_err(kept)?;
         }
@@ -162,12 +200,37 @@ impl Delivery {
         let row = Row::new(supabase, &self.job_id);
         match self.write_row(&row, context, log, cancel).await {
             Ok(()) => self.row_written = true,
-            Err(Stuck::Cancelled) => return Err(Stuck::Cancelled),
+            Err(Unwritten::Cancelled) => return Err(Stuck::Cancelled),
             // The adapter is there and the platform is told; the row follows.
-            Err(Stuck::Kept(reason)) => log.warn(&format!("the row is written later: {reason}")),
+            Err(Unwritten::Failed(error)) if error.retryable => {
+                log.warn(&log.redact(&format!("the row is written later: {error}")));
+            }
+            Err(Unwritten::Failed(error)) => {
+                log.warn(&log.redact(&format!(
+                    "the row stays without the adapter, which only the platform's answer names: {error}; trying again would not \
+                     mend that"
+                )));
+                self.row_written = true;
+            }
         }
         let kept = |error: String| Stuck::Kept(log.redact(&error));
         self.save(job).map_err(kept)
+    }
+
+    /// Writes the row's last word once more, where the job was sent again, `begun` then, and its row says something else.
+    pub async fn show_again(&self, context: &Context, begun: u64, log: &Log) {
+        let Some(supabase) = &context.supabase else {
+            return;
+        };
+        let again = Self {
+            begun,
+            ..self.clone()
+        };
+        let row = Row::new(supabase, &self.job_id);
+        let written = again.write_row(&row, context, log, &Cancel::never()).await;
+        if let Err(Unwritten::Failed(error)) = written {
+            log.warn(&log.redact(&format!("the row could not be written again: {error}")));
+        }
     }
 
     /// Writes the state of the delivery.
@@ -193,79 +256,6 @@ impl Delivery {
             .map_err(|error| error.to_string())
     }
 
-    async fn upload(
-        &mut self,
-        supabase: &Supabase,
-        context: &Context,
-        job: &JobDir,
-        log: &Log,
-        cancel: &Cancel,
-    ) -> Result<(), Stuck> {
-        let kept = |error: String| Stuck::Kept(log.redact(&error));
-        let (adapter, to) = (self.trained.adapter.clone(), job.path(ARCHIVE));
-        let is_there = self
-            .archive
-            .as_ref()
-            .is_some_and(|sealed| to.metadata().is_ok_and(|data| data.len() == sealed.bytes));
-        if !is_there {
-            let (dir, file) = (adapter.clone(), to.clone());
-            let packed = aside(move || archive::pack(&dir, &file)).await;
-            self.archive = Some(packed.map_err(kept)?);
-            self.save(job).map_err(kept)?;
-        }
-        let mut objects = Vec::new();
-        let paths = archive::files(&adapter).map_err(|error| kept(error.to_string()))?;
-        for path in paths {
-            let of = path.clone();
-            let sealed = aside(move || archive::seal(&of)).await.map_err(kept)?;
-            objects.push((path, self.file_path(&sealed.name), sealed));
-        }
-        if let Some(sealed) = &self.archive {
-            objects.push((to, self.archive_path(), sealed.clone()));
-        }
-        let files: Vec<&Sealed> = objects.iter().map(|(_, _, sealed)| sealed).collect();
-        let manifest =
-            json!({"job_id": self.job_id, "base_model": self.trained.base_model, "files": files});
-        let path = job.path(MANIFEST);
-        job.write(MANIFEST, &manifest)
-            .map_err(|error| kept(error.to_string()))?;
-        let sealed = archive::seal(&path).map_err(|error| kept(error.to_string()))?;
-        // Last: where it is, everything is.
-        objects.push((path, self.file_path(MANIFEST), sealed));
-        for (file, object, sealed) in objects {
-            log.info(&format!(
-                "uploading {} ({} bytes)",
-                sealed.name, sealed.bytes
-            ));
-            let upload = Upload {
-                bucket: context.env.bucket.clone(),
-                path: object.clone(),
-                content_type: content_type(&sealed.name).to_owned(),
-                state: Some(job.path(&format!("upload.{}.json", sealed.name))),
-                file,
-                deadline: context.env.retry,
-                backoff: Duration::from_secs(1),
-            };
-            let bucket = &context.env.bucket;
-            let stuck = |error: ServiceError| Stuck::Kept(log.redact(&error.to_string()));
-            supabase
-                .upload(&upload, cancel, &mut |_, _| {})
-                .await
-                .map_err(stuck)?;
-            let verified = patiently(context.env.retry, cancel, async || {
-                supabase
-                    .verify(bucket, &object, sealed.bytes, &sealed.sha256, cancel)
-                    .await
-            });
-            verified.await.map_err(stuck)?;
-            if let Some(state) = &upload.state {
-                let _ = fs_err::remove_file(state);
-            }
-        }
-        self.uploaded = true;
-        self.save(job).map_err(kept)
-    }
-
     /// Path of the archive in the bucket.
     fn archive_path(&self) -> String {
         format!("adapters/{}.tar.gz", self.job_id)
@@ -275,7 +265,12 @@ impl Delivery {
         format!("adapters/{}/{name}", self.job_id)
     }
 
-    async fn answer(&self, supabase: &Supabase, context: &Context) -> Result<Value, ServiceError> {
+    async fn answer(
+        &self,
+        supabase: &Supabase,
+        context: &Context,
+        job: &JobDir,
+    ) -> Result<Value, ServiceError> {
         let bucket = &context.env.bucket;
         let never = Cancel::never();
         let sign = async |path: &str| {
@@ -285,13 +280,16 @@ impl Delivery {
             .await
         };
         let mut files = Map::new();
-        let paths = archive::files(&self.trained.adapter).unwrap_or_default();
+        let paths = archive::files(&self.adapter(job)).unwrap_or_default();
         for path in paths {
             let name = path
                 .file_name()
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned();
+            if self.left_out.contains(&name) {
+                continue;
+            }
             let url = sign(&self.file_path(&name)).await?;
             files.insert(name, json!(url));
         }
@@ -343,25 +341,24 @@ impl Delivery {
         context: &Context,
         log: &Log,
         cancel: &Cancel,
-    ) -> Result<(), Stuck> {
-        let stuck = |error: ServiceError| Stuck::Kept(log.redact(&error.to_string()));
+    ) -> Result<(), Unwritten> {
         let patience = context.env.retry.min(ROW_PATIENCE);
         let read = patiently(patience, cancel, async || row.read().await);
-        match read.await.map_err(stuck)? {
+        match read.await.map_err(Unwritten::Failed)? {
             None => return Ok(()),
             Some(row) if is_delivered(&row) => {
                 log.info("the row says already that the adapter is there");
                 return Ok(());
             }
             Some(row) if row.get("status").and_then(Value::as_str) == Some("cancelled") => {
-                return Err(Stuck::Cancelled);
+                return Err(Unwritten::Cancelled);
             }
             Some(_) => {}
         }
         let body = self.final_row();
         let written = patiently(patience, cancel, async || row.write(&body).await);
-        match written.await.map_err(stuck)? {
-            Updated::Cancelled => return Err(Stuck::Cancelled),
+        match written.await.map_err(Unwritten::Failed)? {
+            Updated::Cancelled => return Err(Unwritten::Cancelled),
             Updated::Missing => return Ok(()),
             Updated::Yes | Updated::Contested => {}
         }
@@ -407,47 +404,57 @@ impl Delivery {
         row
     }
 
-    /// Notes what became of the answer, tells the callback and, where nothing is left to do, removes what only the training needed.
-    pub async fn finish(&mut self, posted: &Posted, context: &Context, job: &JobDir, log: &Log) {
+    /// Notes what became of the answer, removes what nobody needs any more, and tells the callback, once. The time that the callback
+    /// asks to wait for.
+    pub async fn finish(
+        &mut self,
+        posted: &Posted,
+        context: &Context,
+        job: &JobDir,
+        log: &Log,
+    ) -> Option<Duration> {
         self.posted |= matches!(posted, Posted::Accepted | Posted::Gone);
-        if !self.told {
-            self.tell(context, job, log).await;
-        }
         if let Err(error) = self.save(job) {
             log.warn(&error);
         }
-        if self.is_done() {
+        if self.is_given() {
             job.tidy();
         }
+        if self.told {
+            return None;
+        }
+        if let Told::Later(asked) = self.tell(context, log).await {
+            return asked;
+        }
+        self.told = true;
+        // It may hold a secret, and is not needed any more.
+        self.callback_url = None;
+        if let Err(error) = self.save(job) {
+            log.warn(&error);
+        }
+        None
     }
 
     /// Tells the callback, as long as it may still listen.
-    async fn tell(&mut self, context: &Context, job: &JobDir, log: &Log) {
-        let callback = self
-            .callback_url
-            .as_deref()
-            .map(|url| context.callback(url));
-        if let Some(url) = &self.callback_url {
-            log.hide(&Secret::new(url));
-        }
-        let (Some(Ok(callback)), Some(output)) = (callback, self.output.clone()) else {
-            self.told = true;
-            return;
+    async fn tell(&self, context: &Context, log: &Log) -> Told {
+        let Some(url) = &self.callback_url else {
+            return Told::Settled;
         };
+        log.hide(&Secret::new(url));
+        let (Ok(callback), Some(output)) = (context.callback(url), self.output.clone()) else {
+            return Told::Settled;
+        };
+        let mut data = slim(output);
+        data["runpod_job_id"] = json!(self.runpod_id);
+        if let Some(seq) = self.seq {
+            data["seq"] = json!(seq);
+        }
         let id = format!("msg_{}_{}_end", event_id(&self.job_id), self.finished);
         let event = Event {
             unix_seconds: self.finished,
-            ..Event::new(id, "training.completed", slim(output))
+            ..Event::new(id, "training.completed", data)
         };
-        let waits = &context.env.callback_waits;
-        self.told = tell(&callback, &event, waits, context.env.retry, log).await;
-        if self.told {
-            // It may hold a secret, and is not needed any more.
-            self.callback_url = None;
-        }
-        if let Err(error) = self.save(job) {
-            log.warn(&error);
-        }
+        news::tell(&callback, &event, log).await
     }
 }
 
@@ -483,16 +490,6 @@ fn slim(mut output: Value) -> Value {
         map.remove("download_urls");
     }
     output
-}
-
-/// Does `work` on another thread: large files take their time.
-async fn aside<T: Send + 'static>(
-    work: impl FnOnce() -> crate::error::Result<T> + Send + 'static,
-) -> Result<T, String> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 /// Types of the objects of a delivery: archive, settings, texts, weights. A bucket has to take them all.

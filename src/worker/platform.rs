@@ -6,7 +6,7 @@ use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Map, Value, json};
 
-use super::net::backoff::Backoff;
+use super::net::backoff::{Backoff, spread};
 use super::net::error::cause;
 use super::net::time::{retry_after, unix_seconds};
 use super::probe::Probe;
@@ -21,6 +21,8 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(20);
 const RESULT_TIMEOUT: Duration = Duration::from_mins(1);
 /// What the platform is asked to wait for where it is throttled and does not say.
 const THROTTLED: Duration = Duration::from_secs(5);
+/// Longest that the platform may ask to wait for.
+const LONGEST_ASKED: Duration = Duration::from_mins(1);
 const USER_AGENT: &str = concat!("brightrun/", env!("CARGO_PKG_VERSION"));
 
 /// A worker's line to the platform. Clones share connections.
@@ -306,7 +308,13 @@ fn is_passing(status: StatusCode) -> bool {
 
 fn asked(response: &Response) -> Option<Duration> {
     let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
-    retry_after(value, unix_seconds())
+    allowed(value)
+}
+
+/// The wait of a `Retry-After`: no longer than a worker may be away, and not the same for all workers.
+fn allowed(value: &str) -> Option<Duration> {
+    let wait = retry_after(value, unix_seconds())?;
+    Some(spread(wait.min(LONGEST_ASKED)))
 }
 
 /// What an application cannot do without.
@@ -338,4 +346,26 @@ fn minimal(body: &Value) -> Value {
         small.insert("output".to_owned(), Value::Object(output));
     }
     Value::Object(small)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_that_is_asked_for_is_bounded_and_spread() {
+        for (value, seconds) in [("8", 8), ("86400", 60)] {
+            let waits: Vec<Duration> = (0..50).filter_map(|_| allowed(value)).collect();
+            let (least, most) = (
+                Duration::from_secs(seconds),
+                Duration::from_secs(seconds).mul_f64(1.25),
+            );
+            assert!(
+                waits.iter().all(|wait| (least..=most).contains(wait)),
+                "{waits:?}"
+            );
+            assert!(waits.iter().any(|wait| *wait != waits[0]), "{waits:?}");
+        }
+        assert_eq!(allowed("soon"), None);
+    }
 }

@@ -1,14 +1,12 @@
 //! `brightrun preflight`: what a pod or an endpoint lacks, in words, before a job finds out.
 
-use serde_json::json;
-
 use super::context::Context;
 use super::deliver::CONTENT_TYPES;
 use super::fitness;
 use super::gpu::Gpu;
 use super::identity;
 use super::model;
-use super::supabase::ServiceError;
+use super::room::{self, NoRoom};
 use super::wanted::free_bytes;
 
 /// What a check came to.
@@ -152,58 +150,9 @@ async fn storage(context: &Context, wishes: &Wishes) -> Verdict {
         return Verdict::Doubtful("there is none".to_owned());
     };
     let bucket = &context.env.bucket;
-    let bad = |error: ServiceError| Verdict::Bad(error.to_string());
-    let limits = match supabase.bucket_limits(bucket).await {
-        Ok(limits) => limits,
-        Err(error) => return bad(error),
-    };
-    let types = &limits.allowed_mime_types;
-    let missing: Vec<&str> = CONTENT_TYPES
-        .into_iter()
-        .filter(|wanted| !types.is_empty() && !types.iter().any(|kind| covers(kind, wanted)))
-        .collect();
-    if !missing.is_empty() {
-        return Verdict::Bad(format!(
-            "bucket `{bucket}` takes only {}, expected {} too; allow them",
-            json!(types),
-            missing.join(", ")
-        ));
-    }
     let size = wishes.adapter_bytes.unwrap_or(200_000_000);
-    if limits.file_size_limit.is_some_and(|limit| limit < size) {
-        let limit = limits.file_size_limit.unwrap_or(0);
-        return Verdict::Bad(format!(
-            "bucket `{bucket}` takes files of up to {limit} bytes, an adapter of {size} is expected; raise its limit"
-        ));
-    }
-    match supabase
-        .check_limit(bucket, "adapters/preflight-probe", "application/gzip", size)
-        .await
-    {
+    match room::ask(supabase, bucket, size, &CONTENT_TYPES).await {
         Ok(()) => Verdict::Good(format!("bucket `{bucket}` takes files of {size} bytes")),
-        Err(error) => bad(error),
-    }
-}
-
-/// Whether a bucket's allowed type, which may be `application/*` or `*/*`, takes files of type `wanted`.
-fn covers(allowed: &str, wanted: &str) -> bool {
-    match allowed.strip_suffix('*') {
-        Some("*/") => true,
-        Some(kind) => wanted.starts_with(kind),
-        None => allowed == wanted,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bucket_may_name_a_family_of_types() {
-        let takes = |allowed: &str| CONTENT_TYPES.map(|wanted| covers(allowed, wanted));
-        assert_eq!(takes("*/*"), [true; 4]);
-        assert_eq!(takes("application/*"), [true, true, false, true]);
-        assert_eq!(takes("application/gzip"), [true, false, false, false]);
-        assert_eq!(takes("image/png"), [false; 4]);
+        Err(NoRoom::Refused(reason) | NoRoom::Unknown(reason)) => Verdict::Bad(reason),
     }
 }

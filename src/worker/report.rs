@@ -1,5 +1,7 @@
 //! Reports of progress: to the platform, the row and the callback, each in its own time. None of them holds the training up.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -26,6 +28,8 @@ const CALLBACK_REPORTS: u32 = 6;
 pub struct Reports {
     status: watch::Sender<Status>,
     stop: Canceller,
+    /// Events that the callback was sent.
+    events: Arc<AtomicU64>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -47,9 +51,10 @@ impl Reports {
         let (status, watched) = watch::channel(status);
         let mut tasks = Vec::new();
         let (upstream, id) = to.upstream;
+        let events = Arc::new(AtomicU64::new(0));
         tasks.push(tokio::spawn(to_upstream(
             upstream,
-            id,
+            id.clone(),
             watched.clone(),
             every,
             stopped.clone(),
@@ -68,9 +73,14 @@ impl Reports {
         }
         if let Some((callback, prefix)) = to.callback {
             let every = every * CALLBACK_REPORTS;
+            let names = Names {
+                prefix,
+                runpod_id: id,
+                events: Arc::clone(&events),
+            };
             let task = to_callback(
                 callback,
-                prefix,
+                names,
                 watched,
                 every,
                 stopped,
@@ -82,6 +92,7 @@ impl Reports {
         Self {
             status,
             stop,
+            events,
             tasks,
         }
     }
@@ -102,7 +113,9 @@ impl Reports {
         for task in self.tasks {
             let _ = task.await;
         }
-        self.status.borrow().clone()
+        let events = self.events.load(Ordering::Relaxed);
+        let status = self.status.borrow().clone();
+        Status { events, ..status }
     }
 }
 
@@ -198,24 +211,29 @@ async fn to_row(
     }
 }
 
+/// What events of a job are known by.
+struct Names {
+    prefix: String,
+    runpod_id: String,
+    events: Arc<AtomicU64>,
+}
+
 async fn to_callback(
     callback: Callback,
-    prefix: String,
+    names: Names,
     mut watched: watch::Receiver<Status>,
     every: Duration,
     stopped: Cancel,
     ends: Ends,
     log: Log,
 ) {
-    let mut sequence = 0;
     let begun = Instant::now();
     let mut status = watched.borrow_and_update().clone();
     loop {
-        sequence += 1;
-        let mut data = status.json();
-        data["seq"] = json!(sequence);
+        let seq = names.events.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut data = status.event(&names.runpod_id, seq);
         data["elapsed_s"] = json!(begun.elapsed().as_secs());
-        let event = Event::new(format!("{prefix}_{sequence}"), "training.progress", data);
+        let event = Event::new(format!("{}_{seq}", names.prefix), "training.progress", data);
         match callback.send(&event).await {
             Ok(reply) if reply.cancel => {
                 log.info("the application cancelled the job in its answer to a callback");

@@ -7,6 +7,7 @@
 //!               train.yml       its settings
 //!               run/            checkpoints, metrics, adapter
 //!               delivery.json   what is trained and how much of it is delivered: the outbox
+//!               answer.json     an answer without an adapter, until the platform has it
 //!               event.json      the end of a job without an adapter, until its callback has heard of it
 //!               result.json     what was answered
 //! ```
@@ -107,6 +108,12 @@ impl JobDir {
         }
         fs_err::create_dir_all(&dir)?;
         Ok(Self { dir })
+    }
+
+    /// The job's id.
+    pub fn id(&self) -> String {
+        let name = self.dir.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// A file or directory of it.

@@ -44,6 +44,9 @@ pub struct Status {
     pub metrics: Metrics,
     /// Why it failed.
     pub error_message: Option<String>,
+    /// Events of progress that the callback was sent.
+    #[serde(skip)]
+    pub events: u64,
 }
 
 /// Progress when the first step begins and when the last one ended.
@@ -62,7 +65,16 @@ impl Status {
             total_steps: 0,
             metrics: Metrics::default(),
             error_message: None,
+            events: 0,
         }
+    }
+
+    /// What an event tells, the `seq`th of job `runpod_id`.
+    pub fn event(&self, runpod_id: &str, seq: u64) -> Value {
+        let mut data = self.json();
+        data["runpod_job_id"] = json!(runpod_id);
+        data["seq"] = json!(seq);
+        data
     }
 
     /// At `stage`, `progress` percent done.

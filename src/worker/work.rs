@@ -20,7 +20,7 @@ use super::row::{Claim, Row, is_delivered};
 use super::run::{self, Ran, Signals};
 use super::state::JobDir;
 use super::status::Status;
-use super::{base, data, fitness, news};
+use super::{base, data, fitness, news, owed, room};
 use crate::config::TrainConfig;
 use crate::durable::Durable;
 
@@ -75,6 +75,9 @@ impl Work<'_> {
         if let Some(answer) = stored() {
             self.log
                 .info("this job was finished before; its result is given again");
+            if let Some(delivery) = self.dir.read::<Delivery>(deliver::FILE) {
+                delivery.show_again(context, self.begun, &self.log).await;
+            }
             return self.attempt.post(&answer, &self.log).await;
         }
         let (lost, was_lost) = Canceller::new();
@@ -105,7 +108,11 @@ impl Work<'_> {
         };
         watch.abort();
         let answer = self.with_stop_pod(answer);
+        if delivery.is_none() {
+            owed::keep(&self.dir, &self.attempt.taken.id, &answer, &self.log);
+        }
         let posted = self.post(&answer).await;
+        owed::settle(&self.dir, &posted);
         let goes_on = matches!(ends.reason(), Some(Reason::LostLease | Reason::Shutdown));
         if delivery.is_none()
             && !goes_on
@@ -114,10 +121,17 @@ impl Work<'_> {
         {
             self.log.warn(&error.to_string());
         }
-        if let Some(mut delivery) = delivery {
-            delivery
-                .finish(&posted, context, &self.dir, &self.log)
-                .await;
+        let (is_left, asked) = match delivery {
+            Some(mut delivery) => {
+                let asked = delivery
+                    .finish(&posted, context, &self.dir, &self.log)
+                    .await;
+                (!delivery.is_done(), asked)
+            }
+            None => (owed::is_there(&self.dir), None),
+        };
+        if is_left {
+            context.put_off(&self.dir, asked);
         }
         posted
     }
@@ -161,6 +175,7 @@ impl Work<'_> {
         }
         // What an earlier attempt could not tell is not the end any more.
         news::forget(&self.dir);
+        owed::forget(&self.dir);
         let reports = self.report(row.clone());
         let trained = match kept {
             Some(mut delivery) => {
@@ -184,7 +199,10 @@ impl Work<'_> {
             Ok(delivery) if self.attempt.ends.reason().is_some() || lease.is_lost() => {
                 Err(self.stuck(delivery, Stuck::Kept("it was stopped".to_owned())))
             }
-            Ok(delivery) => self.conclude(delivery).await,
+            Ok(mut delivery) => {
+                delivery.seq = Some(status.events + 1);
+                self.conclude(delivery).await
+            }
             Err(failure) => Err(failure),
         };
         match result {
@@ -305,6 +323,8 @@ impl Work<'_> {
         let config = self
             .job
             .train_config(&model, &dataset, &output, &defaults)?;
+        let is_storable = room::check(context, &config, &self.log).await;
+        is_storable.map_err(Failure::Failed)?;
         let path = self.dir.path("train.yml");
         Durable::default().replace(&path, config.resolved_yaml()?.as_bytes())?;
         let signals = Signals {
@@ -381,6 +401,10 @@ impl Work<'_> {
                 return Err(self.unless_ended(failure));
             }
         };
+        let own = self.dir.path("");
+        let adapter = adapter
+            .strip_prefix(&own)
+            .map_or(adapter.clone(), PathBuf::from);
         let status = reports.status();
         let mut all = self.job.warnings.clone();
         all.extend(warnings);
@@ -408,6 +432,9 @@ impl Work<'_> {
             begun: self.begun,
             finished: unix_seconds(),
             archive: None,
+            digests: Vec::new(),
+            left_out: Vec::new(),
+            seq: None,
             uploaded: false,
             output: None,
             row_written: false,
@@ -507,7 +534,8 @@ impl Work<'_> {
             return;
         };
         let id = format!("msg_{}_{}_end", deliver::event_id(&self.job.id), self.begun);
-        let event = Event::new(id, kind, status.json());
+        let data = status.event(&self.attempt.taken.id, status.events + 1);
+        let event = Event::new(id, kind, data);
         let context = self.attempt.context;
         news::publish(url.secret(), event, context, &self.dir, &self.log).await;
     }

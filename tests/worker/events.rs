@@ -46,6 +46,10 @@ fn check_order(deployment: &Deployment, kind: &str) {
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), count + 1, "events have ids of their own");
+    assert_eq!(end[0].json()["data"]["seq"], json!(count + 1));
+    for event in &tries {
+        assert!(event.json()["data"]["runpod_job_id"].is_string());
+    }
     for again in end {
         assert_eq!(again.json()["type"], kind);
         assert_eq!(id_of(again), id_of(&end[0]));
@@ -98,7 +102,7 @@ fn tell_after_a_kill(number: u32, is_good: bool, kind: &str) {
         .sim
         .add_fault(Fault::always(Route::Callback, Action::status(500)));
     deployment.sim.add_file("empty.jsonl", b"{}\n").unwrap();
-    let (mut body, _) = deployment.job(number, 1);
+    let (mut body, id) = deployment.job(number, 1);
     body["input"]["callback_url"] = json!(deployment.sim.callback_url("app"));
     if !is_good {
         body["input"]["dataset_url"] = json!(deployment.sim.file_url("empty.jsonl"));
@@ -118,6 +122,13 @@ fn tell_after_a_kill(number: u32, is_good: bool, kind: &str) {
     }
     let next = deployment.worker();
     deployment.until("the end", || deployment.sim.callbacks("app").len() == 1);
+    // Killed before it is noted, it would be told twice.
+    let dir = deployment.path(&format!("volume/brightrun/jobs/{id}"));
+    deployment.until("a note of it", || {
+        let delivery = fs_err::read_to_string(dir.join("delivery.json"));
+        !dir.join("event.json").exists()
+            && delivery.is_ok_and(|text| text.contains(r#""told": true"#)) == is_good
+    });
     drop(next);
     assert_eq!(ends(&deployment).len(), tried + 1);
     check_order(&deployment, kind);

@@ -338,7 +338,7 @@ impl Worker {
     /// Whether it is through with a job, whoever answered it.
     pub(crate) fn is_over(&self) -> bool {
         let said = self.said();
-        said.contains("Finished.") || said.contains("its result is stored")
+        said.contains("Finished.") || said.contains("does not know the job any more")
     }
 
     /// Its highest resident memory so far, in bytes.

@@ -15,6 +15,7 @@ mod harness;
 mod kills;
 mod local;
 mod memory;
+mod outbox;
 mod outside;
 mod path;
 mod probe;

@@ -46,7 +46,9 @@ fn give_to_both(numbers: u32, state_dir: &str) {
         let over = |worker: &Worker| {
             let said = worker.said();
             let mut own = said.lines().filter(|line| line.contains(&runpod_id));
-            own.any(|line| line.contains("Finished.") || line.contains("its result is stored"))
+            own.any(|line| {
+                line.contains("Finished.") || line.contains("does not know the job any more")
+            })
         };
         deployment.until("both", || twins.iter().all(over));
         check_once(&deployment, &id, &runpod_id);

@@ -42,10 +42,14 @@ fn on_pieces(number: u64, action: Action) -> Fault {
     }
 }
 
-/// The requests of resumable uploads, from request `from` on.
+/// The requests of resumable uploads, from request `from` on; not those that only ask what is taken.
 fn uploads(deployment: &Deployment, from: usize) -> Vec<Record> {
     let mut records = deployment.sim.records_from(from);
-    records.retain(|record| record.route == Route::Tus);
+    let asks = |record: &Record| {
+        let metadata = record.header("upload-metadata").unwrap_or_default();
+        record.method == "DELETE" || (record.method == "POST" && !metadata.contains(",metadata "))
+    };
+    records.retain(|record| record.route == Route::Tus && !asks(record));
     records
 }
 

@@ -84,6 +84,7 @@ pub(crate) fn upload(file: &std::path::Path) -> Upload {
         bucket: "lora-models".into(),
         path: "adapters/job 1.tar.gz".into(),
         file: file.to_owned(),
+        sha256: None,
         content_type: "application/gzip".into(),
         state: Some(file.with_extension("upload.json")),
         deadline: Duration::from_secs(10),

@@ -28,6 +28,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         state: Some(PathBuf::from(state)),
         deadline: Duration::from_mins(2),
         backoff: Duration::from_millis(100),
+        sha256: None,
     };
     let begun = Instant::now();
     let mut on_progress = |bytes: u64, _: Option<u64>| {

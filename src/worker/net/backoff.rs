@@ -39,10 +39,14 @@ impl Backoff {
             .saturating_mul(1_u32.checked_shl(self.failures.min(20)).unwrap_or(u32::MAX));
         self.failures = self.failures.saturating_add(1);
         let wait = doubled.min(self.max);
-        let spread = wait.mul_f64(f64::from(random_percent()) / 400.0);
         let asked = asked.unwrap_or_default().min(self.max.saturating_mul(2));
-        (wait + spread).max(asked)
+        spread(wait).max(asked)
     }
+}
+
+/// `wait` and up to a quarter more, so that not all come back at once.
+pub fn spread(wait: Duration) -> Duration {
+    wait + wait.mul_f64(f64::from(random_percent()) / 400.0)
 }
 
 /// Uniform in `0..100`; the standard library's hash keys are the source.

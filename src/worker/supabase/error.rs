@@ -13,6 +13,9 @@ use crate::worker::secret::Redactor;
 /// Most bytes read of an error's body.
 const BODY_BYTES: usize = 16 * 1024;
 
+/// Code of what is stored and is not what was sent.
+const MISMATCH: &str = "Mismatch";
+
 /// A request that the service did not carry out. Its text holds no secret.
 #[derive(Debug, Clone)]
 pub struct ServiceError {
@@ -69,7 +72,12 @@ impl ServiceError {
     }
 
     pub(super) fn mismatch(message: String) -> Self {
-        Self::new("Mismatch", message, true)
+        Self::new(MISMATCH, message, true)
+    }
+
+    /// Whether something else is stored than was sent.
+    pub fn is_mismatch(&self) -> bool {
+        self.code == MISMATCH
     }
 
     pub(super) fn of_io(error: &std::io::Error) -> Self {

@@ -39,6 +39,8 @@ pub struct Upload {
     pub path: String,
     /// The file. It must not change meanwhile.
     pub file: PathBuf,
+    /// Its SHA-256, where that is known.
+    pub sha256: Option<String>,
     /// Its media type.
     pub content_type: String,
     /// Where to keep what a later process needs to go on; only used from 6 MiB on.

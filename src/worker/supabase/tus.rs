@@ -60,9 +60,12 @@ impl Supabase {
         on_progress: OnProgress<'_>,
     ) -> Result<()> {
         let mut deadline = Instant::now() + upload.deadline;
-        let sha256 = file_sha256(&upload.file)
-            .await
-            .map_err(|e| ServiceError::of_io(&e))?;
+        let sha256 = match &upload.sha256 {
+            Some(known) => known.clone(),
+            None => file_sha256(&upload.file)
+                .await
+                .map_err(|e| ServiceError::of_io(&e))?,
+        };
         let mut pieces = Pieces {
             project: self,
             upload,
