@@ -55,7 +55,8 @@ impl Own {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(job.clone());
-        is_new.then_some(Self { job, held })
+        // Not made where it is not new: dropping it would let go of the one that is.
+        is_new.then(|| Self { job, held })
     }
 }
 
@@ -359,6 +360,21 @@ mod tests {
             });
             assert_eq!(number, round + 1);
         }
+    }
+
+    #[tokio::test]
+    async fn of_a_process_too_one_task_alone_is_at_a_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let (job, holder) = (job(&dir), holder("one", LASTS));
+        let log = Log::new(Arc::new(|_: &str| {}), Level::Error, false, &[]);
+        let (lost, _) = Canceller::new();
+        let lease = holder.acquire(&job, &log, &lost).unwrap();
+        assert!(lease.is_some());
+        for _ in 0..3 {
+            assert!(holder.acquire(&job, &log, &lost).unwrap().is_none());
+        }
+        drop(lease);
+        assert!(holder.acquire(&job, &log, &lost).unwrap().is_some());
     }
 
     #[tokio::test]

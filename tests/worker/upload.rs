@@ -168,7 +168,7 @@ fn a_worker_killed_while_it_uploads_goes_on_there() {
     let bytes =
         |records: &[Record]| -> u64 { records.iter().map(|record| record.body_bytes).sum() };
     let whole: u64 = objects.iter().map(|object| object.size).sum();
-    assert_eq!(bytes(&after), whole - PIECE);
+    assert_eq!(bytes(&after), whole - PIECE, "{}", next.said());
     assert_eq!(count(&before, "POST") + count(&after, "POST"), 2);
     deployment.check_secrets();
 }
