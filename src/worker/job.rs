@@ -4,7 +4,7 @@ mod intake;
 mod url;
 
 pub use intake::Unknown;
-pub use url::JobUrl;
+pub use url::{JobUrl, MAX_LEN as MAX_URL_LEN};
 
 use std::fmt;
 use std::path::Path;

@@ -46,7 +46,7 @@ const NOT_A_JOBS: [(&str, &str); 8] = [
     ),
     (
         "save_total_limit",
-        "the worker chooses it, by the room it has",
+        "it is 2: the newest checkpoint and the one before it",
     ),
 ];
 

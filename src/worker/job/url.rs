@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// Longest address that is taken, in bytes.
-const MAX_LEN: usize = 16 << 10;
+pub const MAX_LEN: usize = 8192;
 
 /// An address from a job. Shown without its query, fragment and user, which may hold secrets.
 #[derive(Clone, PartialEq, Eq)]

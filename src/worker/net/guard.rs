@@ -19,11 +19,10 @@ use url::{Host, Url};
 use super::address::{is_global, is_private};
 use super::error::{Error, Kind, Result, shown};
 use crate::http::client_builder;
+use crate::worker::job::MAX_URL_LEN;
 
 /// Redirects followed for one request.
 const REDIRECTS: usize = 3;
-/// Longest URL taken from a job, in bytes.
-const URL_BYTES: usize = 8192;
 /// Clients kept for reuse; each holds the root certificates.
 const CLIENTS: usize = 4;
 /// Time for a name to resolve.
@@ -110,10 +109,10 @@ impl Guard {
     /// # Errors
     /// [`Kind::Blocked`], naming the rule.
     pub fn check(&self, url: &str) -> Result<Url> {
-        if url.len() > URL_BYTES {
+        if url.len() > MAX_URL_LEN {
             let found = url.len();
             return Err(blocked(format!(
-                "url of {found} bytes, at most {URL_BYTES} are taken"
+                "url of {found} bytes, at most {MAX_URL_LEN} are taken"
             )));
         }
         check_characters(url)?;

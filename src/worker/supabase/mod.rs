@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use reqwest::header::HeaderValue;
 use reqwest::{Client, Method, RequestBuilder, Response};
-use url::Url;
+use url::{Host, Url};
 
 pub use error::ServiceError;
 pub use rows::{Filter, Row};
 pub use storage::{BucketLimits, Upload};
 
 use crate::http::client_builder;
+use crate::worker::net::address::is_global;
 use crate::worker::secret::{Redactor, Secret};
 
 /// Result with [`ServiceError`].
@@ -164,12 +165,30 @@ fn project_url(url: &str) -> Result<Url> {
             "project url has to be `https://<ref>.supabase.co` or another http(s) address",
         ));
     }
+    if parsed.scheme() == "http" && !is_near(&parsed) {
+        return Err(ServiceError::settings(
+            "project url is http, over which anybody on the way could read the service key; give its https address",
+        ));
+    }
     if !parsed.username().is_empty() || parsed.password().is_some() || parsed.query().is_some() {
         return Err(ServiceError::settings(
             "project url has a user or a query; give the address alone",
         ));
     }
     Ok(parsed)
+}
+
+/// Whether a host is on this machine or in its own network: what is hosted there may have no certificate.
+fn is_near(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Ipv4(v4)) => !is_global(v4.into()),
+        Some(Host::Ipv6(v6)) => !is_global(v6.into()),
+        Some(Host::Domain(name)) => {
+            let own = [".localhost", ".local", ".internal"];
+            !name.contains('.') || own.iter().any(|end| name.ends_with(end))
+        }
+        None => false,
+    }
 }
 
 /// `https://<ref>.storage.supabase.co` for `https://<ref>.supabase.co`.
@@ -222,8 +241,18 @@ mod tests {
             "ftp://h",
             "https://u:p@h",
             "https://h?x=1",
+            "http://abcd.supabase.co",
+            "http://8.8.8.8:8000",
         ] {
             assert!(Supabase::new(bad, Secret::new("key")).is_err(), "{bad}");
+        }
+        for near in [
+            "http://kong:8000",
+            "http://10.0.0.7",
+            "http://db.internal",
+            "http://[::1]:1",
+        ] {
+            assert!(Supabase::new(near, Secret::new("key")).is_ok(), "{near}");
         }
         assert!(Supabase::new("https://h", Secret::new("")).is_err());
         assert!(Supabase::new("https://h", Secret::new("a\nb")).is_err());
