@@ -81,7 +81,8 @@ fn the_demo_learns_as_well_on_the_emulated_device() {
     let (cpu, emu) = (loss("cpu"), loss("emu"));
     // It begins at 10.7.
     assert!(cpu < 3.0, "{cpu}");
-    let limit = (0.02 * cpu).max(0.03);
+    // On the way down bf16 moves the loss by a percent or two (seen: 1.4 % at this step), where a wrong kernel does not learn.
+    let limit = 0.04 * cpu;
     assert!(
         (emu - cpu).abs() <= limit,
         "{emu} on the emulated device, {cpu} on the CPU"
