@@ -504,7 +504,12 @@ impl Work<'_> {
                 self.log.info("Job stopped.");
                 Answer::Nothing
             }
-            Reason::LostLease | Reason::Shutdown | Reason::Deadline => Answer::Nothing,
+            Reason::LostLease => {
+                self.log
+                    .info("another worker has this job now; this one stops");
+                Answer::Nothing
+            }
+            Reason::Shutdown | Reason::Deadline => Answer::Nothing,
             Reason::Row | Reason::Callback => {
                 Answer::Body(json!({"output": {"status": "cancelled", "job_id": self.job.id}}))
             }
